@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What to capture and where to send it: the checked config that the rest of weir reads.
+//!
+//! `config/raw.rs` holds the YAML as written, `config/check.rs` turns it into this. A `Config` in
+//! hand is proof that nothing in it contradicts itself; whether the host can do it is preflight's
+//! question.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+use crate::profile::Profile;
+
+/// Everything a running weir obeys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where to ask a running weir.
+    pub admin: Admin,
+    /// Plain listeners with fixed endpoints.
+    pub forward: Vec<Forward>,
+    /// Capture of traffic to the workload.
+    pub inbound: Option<Inbound>,
+    /// What captured traffic meets when weir is gone.
+    pub on_exit: OnExit,
+    /// Capture of traffic from the workload.
+    pub outbound: Option<Outbound>,
+    /// How fast and how big.
+    pub profile: Profile,
+    /// How many workers, and where.
+    pub workers: Workers,
+}
+
+/// Where to ask a running weir.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Admin {
+    /// `/metrics`, `/healthz`, `/readyz`, `/flows`, `/config`; off unless asked for.
+    pub http: Option<SocketAddr>,
+    /// The Unix socket of the commands.
+    pub socket: PathBuf,
+}
+
+/// A plain listener with fixed endpoints.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Forward {
+    /// How an endpoint is chosen.
+    pub balance: Balance,
+    /// At least one.
+    pub endpoints: Vec<SocketAddr>,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Unique; in logs and tables.
+    pub name: String,
+}
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Balance {
+    /// The one with the fewest open flows of this worker.
+    LeastFlows,
+    /// One after the other.
+    RoundRobin,
+}
+
+/// Capture of traffic to the workload.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Inbound {
+    /// By which means.
+    pub capture: InboundCapture,
+    /// The capture listener; `[::]` takes both families.
+    pub listen: SocketAddr,
+    /// Destination ports to take.
+    pub ports: Ports,
+    /// The header that tells the workload who the client is.
+    pub proxy_protocol: ProxyProtocol,
+    /// Whose address the workload sees.
+    pub source: SourceAddress,
+}
+
+/// How inbound traffic is taken.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum InboundCapture {
+    /// nft REDIRECT.
+    Redirect,
+    /// nft TPROXY.
+    Tproxy,
+}
+
+/// Capture of traffic from the workload.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outbound {
+    /// By which means.
+    pub capture: OutboundCapture,
+    /// Destinations to leave alone; wins over `include`.
+    pub exclude: Destinations,
+    /// Destinations to take.
+    pub include: Destinations,
+    /// The port weir listens on, on 127.0.0.1 and ::1.
+    pub listen: SocketAddr,
+    /// Whose traffic; `None` (not under `Connect`) means everything in the namespace.
+    pub workload: Option<Workload>,
+}
+
+/// How outbound traffic is taken.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OutboundCapture {
+    /// An eBPF hook on `connect()`.
+    Connect,
+    /// nft REDIRECT.
+    Redirect,
+    /// nft TPROXY over loopback.
+    Tproxy,
+}
+
+/// Destinations by address and port.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Destinations {
+    /// Networks of both families.
+    pub cidrs: Vec<IpNet>,
+    /// Sorted, disjoint.
+    pub ports: Vec<RangeInclusive<u16>>,
+}
+
+/// Ports to take and to leave alone.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Ports {
+    /// Wins over `include`; sorted, disjoint.
+    pub exclude: Vec<RangeInclusive<u16>>,
+    /// Sorted, disjoint; `1..=65535` for `all`.
+    pub include: Vec<RangeInclusive<u16>>,
+}
+
+/// The header that tells the workload who the client is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ProxyProtocol {
+    /// None.
+    Off,
+    /// Text.
+    V1,
+    /// Binary.
+    V2,
+}
+
+/// Whose address the workload sees.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SourceAddress {
+    /// The client's.
+    Keep,
+    /// Ours.
+    Own,
+}
+
+/// What captured traffic meets when weir is gone.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OnExit {
+    /// It is refused.
+    Closed,
+    /// It flows directly.
+    Open,
+}
+
+/// Whose outbound traffic is captured.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Workload {
+    /// Below this cgroup, given relative to the cgroup v2 mount.
+    Cgroup(PathBuf),
+    /// Of this user id.
+    Uid(u32),
+}
+
+/// How many workers, and where.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Workers {
+    /// One on each CPU the process may use.
+    Auto,
+    /// So many, on the first CPUs the process may use.
+    Count(NonZeroU16),
+    /// One on each of these CPUs.
+    Cpus(Vec<usize>),
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Counters: written by one worker each, summed by whoever scrapes.
+//!
+//! A counter has one writer, so adding is a relaxed load and store: no locked instruction, no
+//! sharing of cache lines between workers. Never named per address: bounded cardinality.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::flow::CloseReason;
+
+/// A number that only its worker changes.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds; call it only from the owning worker.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
+    }
+
+    /// Takes away; for gauges. Call it only from the owning worker.
+    pub fn sub(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_sub(n), Relaxed);
+    }
+
+    /// The value just now.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Sets a gauge; call it only from the owning worker.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Relaxed);
+    }
+}
+
+/// How a flow came to weir: label values `direction` and `capture`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Origin {
+    /// A plain listener.
+    Forward,
+    /// Inbound, nft REDIRECT.
+    InboundRedirect,
+    /// Inbound, nft TPROXY.
+    InboundTproxy,
+    /// Outbound, eBPF hook on `connect()`.
+    OutboundConnect,
+    /// Outbound, nft REDIRECT.
+    OutboundRedirect,
+    /// Outbound, nft TPROXY over loopback.
+    OutboundTproxy,
+}
+
+impl Origin {
+    /// Every value, in the order of the discriminants.
+    pub const ALL: [Origin; 6] = [
+        Origin::Forward,
+        Origin::InboundRedirect,
+        Origin::InboundTproxy,
+        Origin::OutboundConnect,
+        Origin::OutboundRedirect,
+        Origin::OutboundTproxy,
+    ];
+
+    /// The `direction` label.
+    #[must_use]
+    pub const fn direction(self) -> &'static str {
+        match self {
+            Origin::Forward => "forward",
+            Origin::InboundRedirect | Origin::InboundTproxy => "inbound",
+            _ => "outbound",
+        }
+    }
+
+    /// The `capture` label.
+    #[must_use]
+    pub const fn capture(self) -> &'static str {
+        match self {
+            Origin::Forward => "none",
+            Origin::InboundRedirect | Origin::OutboundRedirect => "redirect",
+            Origin::InboundTproxy | Origin::OutboundTproxy => "tproxy",
+            Origin::OutboundConnect => "connect",
+        }
+    }
+}
+
+/// Why a connection was turned away before it became a flow: label `reason` of `weir_denied_total`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Denied {
+    /// Dialled straight to a capture port.
+    Direct,
+    /// The destination is one of our own ports: it would loop.
+    OwnPort,
+    /// Too many flows from one address.
+    SourceLimit,
+    /// Nobody recorded where it meant to go.
+    UnknownDestination,
+}
+
+impl Denied {
+    /// Every value, in the order of the discriminants.
+    pub const ALL: [Denied; 4] =
+        [Denied::Direct, Denied::OwnPort, Denied::SourceLimit, Denied::UnknownDestination];
+
+    /// The label value.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Denied::Direct => "direct",
+            Denied::OwnPort => "own_port",
+            Denied::SourceLimit => "source_limit",
+            Denied::UnknownDestination => "unknown_destination",
+        }
+    }
+}
+
+/// One worker's counters. Shared with the control thread, which only reads.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Times accept was paused: descriptors, flow table or pending connects ran out.
+    pub accept_paused: Counter,
+    /// Times a pool was empty and a direction had to wait.
+    pub buffers_exhausted: Counter,
+    /// Bytes read from downstream and handed to upstream, by origin.
+    pub bytes_to_upstream: [Counter; Origin::ALL.len()],
+    /// Bytes read from upstream and handed to downstream, by origin.
+    pub bytes_to_downstream: [Counter; Origin::ALL.len()],
+    /// Completions of an earlier life of a slot, dropped.
+    pub completions_stale: Counter,
+    /// Connections turned away, by reason.
+    pub denied: [Counter; Denied::ALL.len()],
+    /// Flows open now.
+    pub flows_active: Counter,
+    /// Flows that ended, by reason.
+    pub flows_closed: [Counter; CloseReason::COUNT],
+    /// Flows that began, by origin.
+    pub flows_opened: [Counter; Origin::ALL.len()],
+    /// `io_uring_enter` calls.
+    pub ring_enters: Counter,
+    /// Completions handled.
+    pub ring_completions: Counter,
+}
