@@ -12,16 +12,13 @@
 
 use half::{Half, Receive, Send};
 
-use crate::op::{Completion, Errno, Op, Pool, Request, Segment, Side, Timer};
+use crate::op::{CloseReason, Completion, Errno, Op, Pool, Request, Segment, Side, Timer};
 
-pub use half::SEGMENTS_PER_SEND_MAX;
 pub use ops::Ops;
-pub use reason::CloseReason;
 pub use segments::{Queue, Segments};
 
 mod half;
 mod ops;
-mod reason;
 mod segments;
 #[cfg(test)]
 mod simulation;

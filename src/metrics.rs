@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::flow::CloseReason;
+use crate::op::CloseReason;
 
 /// A number that only its worker changes.
 #[derive(Debug, Default)]

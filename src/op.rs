@@ -6,6 +6,10 @@
 
 use std::io;
 
+pub use reason::CloseReason;
+
+mod reason;
+
 /// Which of a flow's two sockets: the one that was accepted or the one that was dialled.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[repr(u8)]
@@ -118,6 +122,10 @@ pub enum Op {
     Shutdown(Side),
 }
 
+/// Segments in one send: the kernel keeps 8 `iovec`s for free (`UIO_FASTIOV`), above that one
+/// allocation serves 32 as well as 9.
+pub const SEGMENTS_PER_SEND_MAX: u16 = 32;
+
 /// A request that can be in flight for a flow: at most one of each kind.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Request {
@@ -160,7 +168,7 @@ pub enum Completion {
     /// The open chain ended.
     Connected(Result<(), Errno>),
     /// Control wants the flow gone now.
-    Expelled(crate::flow::CloseReason),
+    Expelled(CloseReason),
     /// A timer ran out.
     Expired(Timer),
     /// The receive on `side` brought bytes (`Ok(Some)`), EOF (`Ok(None)`) or failed.

@@ -1,2 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be written.
+//! One syscall a function: what the rest of weir asks of the kernel outside the ring.
+//!
+//! Borrowed descriptors in, typed errors out; no policy.
+
+pub mod memory;
+pub mod process;
+pub mod socket;

@@ -5,15 +5,39 @@
 //! the ring, then timers and mailbox. Invariants: the loop never waits for anything but its ring,
 //! allocates nothing after start, and never touches a payload byte.
 
+#![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
+
+use std::collections::VecDeque;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::capture::{OwnPorts, Records};
 use crate::config::{Balance, SourceAddress};
+use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::profile::Profile;
+use crate::ring::{self, Batch, DialOptions, Features, Ring, RingError};
+use crate::sys::{process, socket};
+
+use accept::Listening;
+use mailbox::{Letter, Mailbox};
+use slab::Slab;
+use turn::{TimerTicks, Worker};
+use wheel::{Clock, Wheel};
+
+mod accept;
+mod mailbox;
+mod slab;
+#[cfg(test)]
+mod tests;
+mod turn;
+mod wheel;
 
 /// What a worker starts with.
 #[derive(Debug)]
@@ -104,19 +128,22 @@ pub struct FlowRow {
 #[derive(Debug)]
 pub struct Handle {
     counters: Arc<Counters>,
+    features: Features,
+    mailbox: Arc<Mailbox>,
+    thread: JoinHandle<Result<(), RingError>>,
 }
 
 impl Handle {
     /// Every listener has an accept armed.
     #[must_use]
     pub fn is_accepting(&self) -> bool {
-        false
+        self.mailbox.accepting.load(Ordering::Acquire)
     }
 
-    /// The thread has ended, by drain, stop or failure.
+    /// The thread has ended, by drain or failure.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        false
+        self.thread.is_finished()
     }
 
     /// Read only; a counter may lag by one turn.
@@ -125,16 +152,25 @@ impl Handle {
         &self.counters
     }
 
+    /// What this worker's kernel can do.
+    #[must_use]
+    pub const fn features(&self) -> &Features {
+        &self.features
+    }
+
     /// Stop accepting, let flows end, reset what is left after `within`, then end the thread.
+    /// Asked again, the earlier end wins.
     pub fn drain(&self, within: Duration) {
-        let _ = within;
+        self.mailbox.send(Letter::Drain(within));
     }
 
     /// Asks for a list of the flows; it comes through the channel, or the channel closes. Never
     /// wait for it in the control thread without a time limit.
     #[must_use]
-    pub fn flows(&self) -> std::sync::mpsc::Receiver<Vec<FlowRow>> {
-        std::sync::mpsc::channel().1
+    pub fn flows(&self) -> mpsc::Receiver<Vec<FlowRow>> {
+        let (to, from) = mpsc::channel();
+        self.mailbox.send(Letter::Flows(to));
+        from
     }
 
     /// Waits for the thread and says how it ended.
@@ -143,30 +179,122 @@ impl Handle {
     ///
     /// What stopped the loop.
     pub fn join(self) -> Result<(), WorkerError> {
-        Ok(())
+        let index = 0;
+        match self.thread.join() {
+            Ok(result) => result.map_err(|source| WorkerError::Ring { index, source }),
+            Err(_) => Err(WorkerError::Panicked { index }),
+        }
     }
 }
 
 /// Why a worker could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The thread could not be made.
-    #[error("start worker {index}: {source} (is a thread limit reached?)")]
+    /// A bug.
+    #[error("worker {index} panicked")]
+    Panicked {
+        /// Which worker.
+        index: u16,
+    },
+    /// The CPU is not one this process may use.
+    #[error("worker {index}: CPU {cpu} is not one this process may use (see `taskset -p`)")]
+    Pin {
+        /// The CPU asked for.
+        cpu: usize,
+        /// Which worker.
+        index: u16,
+    },
+    /// Its ring.
+    #[error("{source}")]
+    Ring {
+        /// Which worker.
+        index: u16,
+        /// Why there is no ring, or no more.
+        source: RingError,
+    },
+    /// The thread or its mailbox could not be made.
+    #[error("start worker {index}: {source} (is a limit of threads or descriptors reached?)")]
     Thread {
         /// Which worker.
         index: u16,
         /// What the kernel said.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
-/// Starts a worker; returns once its ring is open and every listener accepts, or with the reason
-/// why not.
+/// Starts a worker; returns once its ring is open, or with the reason why it is not. It accepts
+/// soon after: see `Handle::is_accepting`.
 ///
 /// # Errors
 ///
-/// The ring is refused, or a listener cannot be armed.
+/// The ring is refused, the CPU is not ours, or there is no thread to be had.
 pub fn spawn(setup: Setup) -> Result<Handle, WorkerError> {
-    let _ = setup;
-    Ok(Handle { counters: Arc::default() })
+    let index = setup.index;
+    let failed = |source| WorkerError::Thread { index, source };
+    let mailbox = Arc::new(Mailbox::new(socket::bell().map_err(failed)?));
+    let counters = Arc::new(Counters::default());
+    let (ready, opened) = mpsc::sync_channel(1);
+    let (own_mailbox, own_counters) = (Arc::clone(&mailbox), Arc::clone(&counters));
+    let run = move || {
+        let mut worker = match Worker::start(setup, own_mailbox, own_counters) {
+            Ok(worker) => worker,
+            Err(error) => return report(&ready, Err(error)),
+        };
+        report(&ready, Ok(*worker.ring.features()))?;
+        worker.run()
+    };
+    let thread = Builder::new().name(format!("weir-w{index}")).spawn(run).map_err(failed)?;
+    match opened.recv() {
+        Ok(Ok(features)) => Ok(Handle { counters, features, mailbox, thread }),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(WorkerError::Panicked { index }),
+    }
+}
+
+/// Tells `spawn` how the start went. Only if `spawn` is gone there is nobody to tell.
+fn report(
+    ready: &mpsc::SyncSender<Result<Features, WorkerError>>,
+    result: Result<Features, WorkerError>,
+) -> Result<(), RingError> {
+    let _ = ready.send(result);
+    Ok(())
+}
+
+impl Worker {
+    fn start(
+        setup: Setup,
+        mailbox: Arc<Mailbox>,
+        counters: Arc<Counters>,
+    ) -> Result<Worker, WorkerError> {
+        let index = setup.index;
+        if let Some(cpu) = setup.cpu.filter(|cpu| !process::pin_thread(*cpu)) {
+            return Err(WorkerError::Pin { cpu, index });
+        }
+        process::block_signals().map_err(|source| WorkerError::Thread { index, source })?;
+        let profile = Arc::clone(&setup.profile);
+        let flows_max = setup.share.flows_max;
+        let ring = Ring::open(ring::Setup {
+            buffers: &profile.buffers,
+            dial: DialOptions::new(&profile.sockets, setup.mark),
+            flows_max,
+            ring: &profile.ring,
+        })
+        .map_err(|source| WorkerError::Ring { index, source })?;
+        Ok(Worker {
+            batch: Batch::new(),
+            clock: Clock::start(),
+            drain_until: None,
+            listening: Listening::new(&setup),
+            mailbox,
+            ring,
+            rules: Rules::new(&profile.relay, profile.buffers.small_bytes),
+            segments: Segments::new(profile.buffers.small_count + profile.buffers.bulk_count),
+            slab: Slab::new(flows_max, accept::hands_out_slots(&setup)),
+            starved: VecDeque::with_capacity(flows_max as usize * 2),
+            ticks: TimerTicks::new(&profile.timeouts),
+            wheel: Wheel::new(flows_max),
+            counters,
+            setup,
+        })
+    }
 }

@@ -7,7 +7,7 @@
 
 use super::Rules;
 use super::segments::{Queue, Segments};
-use crate::op::{Op, Pool, Request, Segment, Side};
+use crate::op::{Op, Pool, Request, SEGMENTS_PER_SEND_MAX, Segment, Side};
 
 /// One direction of a flow.
 #[derive(Clone, Copy, Debug)]
@@ -119,8 +119,7 @@ impl Half {
     }
 
     fn has_room(&self, rules: &Rules) -> bool {
-        self.queue.bytes() <= rules.window_bytes / 2
-            && self.queue.count() <= rules.segments_max / 2
+        self.queue.bytes() <= rules.window_bytes / 2 && self.queue.count() <= rules.segments_max / 2
     }
 
     /// Reached by many tiny segments, or on kernels whose receive cannot be limited.
@@ -138,9 +137,5 @@ impl Half {
         if bulky { Pool::Bulk } else { Pool::Small }
     }
 }
-
-/// Buffers in one send: the kernel copies this many `iovec`s without allocating (`UIO_FASTIOV` is
-/// 8; above it one allocation serves 32 as well as 9).
-pub const SEGMENTS_PER_SEND_MAX: u16 = 32;
 
 const _: () = assert!(size_of::<Half>() <= 64, "a half must fit one cache line");

@@ -148,10 +148,7 @@ mod tests {
         }
         segments.advance(&mut a, 15);
         let left: Vec<Segment> = segments.iter(a).collect();
-        assert_eq!(
-            left,
-            [Segment { buffer: BufferId(1), offset: 5, len: 5 }, segment(7, 10)]
-        );
+        assert_eq!(left, [Segment { buffer: BufferId(1), offset: 5, len: 5 }, segment(7, 10)]);
         assert_eq!((a.bytes(), b.bytes(), b.count()), (15, 15, 3));
         assert_eq!(segments.take_freed(), Some(BufferId(3)));
         segments.clear(&mut b);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a flow ended: the word in counters, logs and `weir flows`.
 
-use crate::op::{Errno, Side};
+use super::{Errno, Side};
 
 /// Why a flow ended.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -84,9 +84,9 @@ impl CloseReason {
     /// What a failed connect means (connect(2)).
     pub(crate) const fn of_connect(errno: Errno) -> CloseReason {
         match errno.0 {
-            111 => CloseReason::ConnectRefused,                 // ECONNREFUSED
-            110 => CloseReason::ConnectTimeout,                 // ETIMEDOUT
-            101 | 113 => CloseReason::ConnectUnreachable,       // ENETUNREACH, EHOSTUNREACH
+            111 => CloseReason::ConnectRefused,           // ECONNREFUSED
+            110 => CloseReason::ConnectTimeout,           // ETIMEDOUT
+            101 | 113 => CloseReason::ConnectUnreachable, // ENETUNREACH, EHOSTUNREACH
             12 | 23 | 24 | 99 | 105 => CloseReason::LocalLimit, // ENOMEM, E{N,M}FILE, EADDRNOTAVAIL, ENOBUFS
             _ => CloseReason::ConnectFailed,
         }

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What this kernel can do, found out by doing it once: the only place that degrades.
+//!
+//! Runs on the ring itself before it is used, with a connected pair of sockets in slot 0.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use io_uring::{Probe, opcode, squeue, types};
+
+use super::{Batch, Event, Ring, RingError};
+use crate::op::{FlowId, Kind, Pool, Side, Token};
+use crate::sys::socket;
+
+/// What this kernel can do beyond the floor.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Features {
+    /// A dialled socket can be bound in the ring (6.11).
+    pub bind: bool,
+    /// A slot can lend a descriptor (6.8): FIN without a kernel thread.
+    pub descriptor_install: bool,
+    /// A multishot receive can be limited (6.17): back-pressure without cancelling.
+    pub receive_limit: bool,
+}
+
+/// Tries each feature; fails only without one weir cannot do without.
+pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
+    let step = |step| move |source| RingError::Step { source, step };
+    let (ours, theirs) = connected_pair().map_err(step("connect to ourselves for the probe"))?;
+    ring.adopt(SLOT, ours.into());
+    let bind = knows(ring, opcode::Bind::CODE).map_err(step("ask which operations there are"))?;
+    if attempt(ring, set_nodelay())? < 0 {
+        return Err(RingError::Feature { feature: "socket options in the ring", since: "6.7" });
+    }
+    ring.features.descriptor_install = true;
+    ring.shutdown(token(Kind::ShutdownDownstream), Side::Downstream);
+    let descriptor_install = await_event(ring, Kind::ShutdownDownstream)?.result >= 0;
+    ring.features.descriptor_install = false;
+    let receive_limit = limit_works(ring, theirs)?;
+    ring.close(SLOT, Side::Downstream, false);
+    Ok(Features { bind, descriptor_install, receive_limit })
+}
+
+/// A limited receive on a socket whose peer sends FIN: old kernels refuse the request (EINVAL).
+fn limit_works(ring: &mut Ring, theirs: TcpStream) -> Result<bool, RingError> {
+    ring.features.receive_limit = true;
+    ring.receive(token(Kind::ReceiveDownstream), Side::Downstream, 1, Pool::Small);
+    drop(theirs);
+    let event = await_event(ring, Kind::ReceiveDownstream)?;
+    ring.features.receive_limit = false;
+    Ok(event.result == 0)
+}
+
+fn connected_pair() -> io::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0").or_else(|_| TcpListener::bind("[::1]:0"))?;
+    let theirs = TcpStream::connect(listener.local_addr()?)?;
+    let (ours, _) = listener.accept()?;
+    debug_assert!(socket::peer_name(ours.as_fd()).is_ok());
+    Ok((ours, theirs))
+}
+
+fn knows(ring: &Ring, code: u8) -> io::Result<bool> {
+    let mut probe = Probe::new();
+    ring.io.submitter().register_probe(&mut probe)?;
+    Ok(probe.is_supported(code))
+}
+
+fn set_nodelay() -> squeue::Entry {
+    let fd = types::Fixed(SLOT.slot());
+    let (level, name) = (libc::IPPROTO_TCP.cast_unsigned(), libc::TCP_NODELAY.cast_unsigned());
+    opcode::SetSockOpt::new(fd, level, name, (&raw const ON).cast(), 4).build()
+}
+
+fn attempt(ring: &mut Ring, entry: squeue::Entry) -> Result<i32, RingError> {
+    ring.push(entry.user_data(token(Kind::SendDownstream).raw()));
+    Ok(await_event(ring, Kind::SendDownstream)?.result)
+}
+
+/// The one event of this kind; others (a quiet failure) are passed over.
+fn await_event(ring: &mut Ring, kind: Kind) -> Result<Event, RingError> {
+    let began = Instant::now();
+    let mut batch = Batch::new();
+    while began.elapsed() < ANSWER_WITHIN {
+        ring.turn(Some(ANSWER_WITHIN), &mut batch)?;
+        if let Some(event) = batch.find(|event| event.token.kind() == Some(kind)) {
+            return Ok(event);
+        }
+    }
+    let source = io::Error::from_raw_os_error(libc::ETIMEDOUT);
+    Err(RingError::Step { source, step: "wait for the probe's answer" })
+}
+
+const fn token(kind: Kind) -> Token {
+    Token::new(kind, SLOT, u32::MAX)
+}
+
+/// The first slot of the table; free again when the probe is over.
+const SLOT: FlowId = FlowId::new(0);
+/// Everything the probe asks for is answered at once; this only bounds a broken kernel.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+static ON: libc::c_int = 1;

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Sockets: listeners and what is read from and set on accepted ones.
+#![expect(unsafe_code, reason = "adopts descriptors that the ring made")]
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::addr;
+
+/// How a listener differs from a plain one.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ListenOptions {
+    /// Length of the accept queue; the kernel caps it at `net.core.somaxconn`.
+    pub backlog: u32,
+    /// `SO_MARK`: accepted sockets inherit it. Needs `CAP_NET_ADMIN`.
+    pub mark: Option<u32>,
+    /// `TCP_NODELAY`: accepted sockets inherit it.
+    pub nodelay: bool,
+    /// Several sockets share the address (`SO_REUSEPORT`).
+    pub shared: bool,
+    /// Accept connections to any address (`IP_TRANSPARENT`). Needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
+}
+
+/// What went wrong while a listener was made.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another socket has the port.
+    #[error("listen on {addr}: the address is in use (`ss -ltnp` shows by whom)")]
+    InUse {
+        /// The address asked for.
+        addr: SocketAddr,
+    },
+    /// The address is of no interface here.
+    #[error("listen on {addr}: no interface has this address (`ip addr` lists them)")]
+    NotLocal {
+        /// The address asked for.
+        addr: SocketAddr,
+    },
+    /// Ports below 1024.
+    #[error("listen on {addr}: permission denied (ports below 1024 need CAP_NET_BIND_SERVICE)")]
+    Permission {
+        /// The address asked for.
+        addr: SocketAddr,
+    },
+    /// Another step.
+    #[error("{step} on {addr}: {source}{cure}")]
+    Step {
+        /// The address asked for.
+        addr: SocketAddr,
+        /// What to do about it.
+        cure: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+        /// The step that failed.
+        step: &'static str,
+    },
+}
+
+/// A listening TCP socket. `[::]` takes IPv4 too; every listener has `SO_REUSEADDR`, so that a
+/// port is free again while old connections linger.
+///
+/// # Errors
+///
+/// Names the step, the address and the cure.
+pub fn listen(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, ListenError> {
+    let failed = |step, cure| move |source| ListenError::Step { addr, cure, source, step };
+    let domain = Domain::for_address(addr);
+    let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))
+        .map_err(failed("make a socket", ""))?;
+    socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR", ""))?;
+    if options.shared {
+        socket.set_reuse_port(true).map_err(failed("set SO_REUSEPORT", ""))?;
+    }
+    if addr.is_ipv6() {
+        let only = !addr.ip().is_unspecified();
+        socket.set_only_v6(only).map_err(failed("set IPV6_V6ONLY", ""))?;
+    }
+    if let Some(mark) = options.mark {
+        socket.set_mark(mark).map_err(failed("set SO_MARK", NEEDS_NET_ADMIN))?;
+    }
+    if options.transparent {
+        set_transparent(&socket, addr).map_err(failed("set IP_TRANSPARENT", NEEDS_NET_ADMIN))?;
+    }
+    if options.nodelay {
+        socket.set_tcp_nodelay(true).map_err(failed("set TCP_NODELAY", ""))?;
+    }
+    socket.bind(&addr.into()).map_err(|source| bind_error(addr, source))?;
+    let backlog = i32::try_from(options.backlog).unwrap_or(i32::MAX);
+    socket.listen(backlog).map_err(|source| bind_error(addr, source))?;
+    Ok(socket.into())
+}
+
+/// The descriptor that an accept brought.
+#[must_use]
+pub fn accepted(number: i32) -> OwnedFd {
+    // SAFETY: the kernel made this descriptor for the accept whose completion carried it, and
+    // each completion is read once, so nobody else owns it.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// The address the socket is connected to, canonical (getpeername(2)).
+///
+/// # Errors
+///
+/// `ENOTCONN`: the peer has reset the connection.
+pub fn peer_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
+    SockRef::from(&fd).peer_addr().and_then(ip_address)
+}
+
+/// The address the socket is bound to, canonical (getsockname(2)); under tproxy the original
+/// destination.
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn local_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
+    SockRef::from(&fd).local_addr().and_then(ip_address)
+}
+
+/// Closing the socket shall send RST and forget unsent bytes (`SO_LINGER` 0, socket(7)).
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn set_reset_on_close(fd: BorrowedFd<'_>) -> io::Result<()> {
+    SockRef::from(&fd).set_linger(Some(Duration::ZERO))
+}
+
+/// Sends FIN (shutdown(2) with `SHUT_WR`).
+///
+/// # Errors
+///
+/// `ENOTCONN`: the peer has reset the connection.
+pub fn shutdown_write(fd: BorrowedFd<'_>) -> io::Result<()> {
+    SockRef::from(&fd).shutdown(std::net::Shutdown::Write)
+}
+
+/// An eventfd, non-blocking: the bell of a mailbox.
+///
+/// # Errors
+///
+/// `EMFILE`: no descriptor is left.
+pub fn bell() -> io::Result<OwnedFd> {
+    Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?.into())
+}
+
+fn set_transparent(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
+    if addr.is_ipv6() {
+        set_ipv6_transparent(socket.as_fd())
+    } else {
+        socket.set_ip_transparent_v4(true)
+    }
+}
+
+fn set_ipv6_transparent(fd: BorrowedFd<'_>) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let on: libc::c_int = 1;
+    // SAFETY: `fd` is borrowed, so open for the call; the kernel copies four bytes from `on` and
+    // keeps no pointer.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_IPV6,
+            libc::IPV6_TRANSPARENT,
+            (&raw const on).cast(),
+            4,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn ip_address(address: socket2::SockAddr) -> io::Result<SocketAddr> {
+    let address = address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+    Ok(addr::canonical(address))
+}
+
+fn bind_error(addr: SocketAddr, source: io::Error) -> ListenError {
+    match source.raw_os_error() {
+        Some(libc::EADDRINUSE) => ListenError::InUse { addr },
+        Some(libc::EADDRNOTAVAIL) => ListenError::NotLocal { addr },
+        Some(libc::EACCES) => ListenError::Permission { addr },
+        _ => ListenError::Step { addr, cure: "", source, step: "bind" },
+    }
+}
+
+const NEEDS_NET_ADMIN: &str = " (needs CAP_NET_ADMIN)";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+
+    const OPTIONS: ListenOptions =
+        ListenOptions { backlog: 16, mark: None, nodelay: true, shared: true, transparent: false };
+
+    #[test]
+    fn port_in_use_names_the_address_and_the_cure() {
+        let options = ListenOptions { shared: false, ..OPTIONS };
+        let first = listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+        let addr = local_name(first.as_fd()).unwrap();
+        let error = listen(addr, &options).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("listen on {addr}: the address is in use (`ss -ltnp` shows by whom)")
+        );
+    }
+
+    #[test]
+    fn unspecified_v6_listener_takes_v4_and_names_come_out_canonical() {
+        let listener = listen("[::]:0".parse().unwrap(), &OPTIONS).unwrap();
+        let port = local_name(listener.as_fd()).unwrap().port();
+        let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let listener = std::net::TcpListener::from(listener);
+        let (accepted, _) = listener.accept().unwrap();
+        assert_eq!(peer_name(accepted.as_fd()).unwrap(), client.local_addr().unwrap());
+        assert_eq!(local_name(accepted.as_fd()).unwrap(), client.peer_addr().unwrap());
+    }
+}

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How connections get in: arming and pausing accept, finding where each one wants to go.
+//!
+//! Invariants: a connection the kernel handed over is served or reset, never forgotten; an own
+//! port is never dialled; nobody accepts while descriptors, flows or pending connects are short.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use super::slab::Peers;
+use super::turn::Worker;
+use super::wheel::Clock;
+use super::{Listener, Route, Setup};
+use crate::addr::{Downstream, OriginalDst};
+use crate::config::{Balance, SourceAddress};
+use crate::metrics::{Denied, Origin};
+use crate::op::{FlowId, Kind, Token};
+use crate::ring::{AcceptInto, Event};
+use crate::sys::socket;
+
+/// The listeners of one worker, and what decides whether they may accept.
+pub(super) struct Listening {
+    connects_pending: u32,
+    /// Accepted where no slot was free; served as slots come free.
+    parked: VecDeque<(u16, OwnedFd)>,
+    retry_at: Option<u32>,
+    sources: Sources,
+    states: Vec<State>,
+}
+
+/// One listener.
+struct State {
+    accept: Accept,
+    /// Open flows by endpoint.
+    endpoint_flows: Vec<u32>,
+    next_endpoint: usize,
+    origin: Origin,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Accept {
+    /// A request is in flight and asked to end.
+    Cancelled,
+    /// None in flight.
+    Idle,
+    /// A request for one connection after the other is in flight.
+    Many,
+    /// A request for one connection is in flight.
+    One,
+    /// None in flight, and there will be none.
+    Over,
+}
+
+/// Open flows by the address they come from; counts only when there is a limit.
+struct Sources {
+    flows: HashMap<IpAddr, u32>,
+    max: u32,
+}
+
+/// Where an accepted connection goes.
+struct Destination {
+    endpoint: u16,
+    original_dst: Option<SocketAddr>,
+    source: Option<SocketAddr>,
+    upstream: SocketAddr,
+}
+
+impl Worker {
+    /// Arms what should accept, or asks it to stop; at the end of every turn.
+    pub(super) fn arm_listeners(&mut self) {
+        self.serve_parked();
+        let into = into(&self.setup);
+        let (may, many) = (self.may_accept(), self.has_room_for_queues());
+        let room = self.setup.share.flows_max - self.slab.occupied();
+        let mut ones = self.listening.ones();
+        for index in 0..self.listening.states.len() {
+            let Some(state) = self.listening.states.get_mut(index) else { return };
+            let Some(listener) = self.setup.listeners.get(index) else { return };
+            match (state.accept, may) {
+                (Accept::Idle, true) if many => {
+                    state.accept = Accept::Many;
+                    self.ring.accept_many(token(index), listener.fd.as_fd(), into);
+                }
+                (Accept::Idle, true) if ones < room => {
+                    state.accept = Accept::One;
+                    ones += 1;
+                    self.ring.accept_one(token(index), listener.fd.as_fd(), into);
+                }
+                (Accept::Many, may) if !may || !many => {
+                    state.accept = Accept::Cancelled;
+                    self.counters.accept_paused.add(u64::from(!may));
+                    self.ring.cancel(token(index));
+                }
+                (Accept::One, false) if into == AcceptInto::Descriptors => {
+                    state.accept = Accept::Cancelled;
+                    self.ring.cancel(token(index));
+                }
+                _ => {}
+            }
+        }
+        self.mailbox.set_accepting(self.drain_until.is_none() && self.listening.is_armed());
+    }
+
+    /// No more connections after those that the kernel has handed over already.
+    pub(super) fn stop_listening(&mut self) {
+        for index in 0..self.listening.states.len() {
+            let Some(state) = self.listening.states.get_mut(index) else { return };
+            if matches!(state.accept, Accept::Many | Accept::One) {
+                state.accept = Accept::Cancelled;
+                self.ring.cancel(token(index));
+            } else if state.accept == Accept::Idle {
+                state.accept = Accept::Over;
+            }
+        }
+    }
+
+    /// An accept brought a connection, an error, or its end.
+    pub(super) fn accepted(&mut self, index: usize, event: Event) {
+        let now = self.clock.now();
+        let draining = self.drain_until.is_some();
+        if let Some(state) = self.listening.states.get_mut(index).filter(|_| !event.more) {
+            state.accept = if draining { Accept::Over } else { Accept::Idle };
+        }
+        let Ok(listener) = u16::try_from(index) else { return };
+        match u32::try_from(event.result) {
+            Ok(slot) if into(&self.setup) == AcceptInto::Slots => {
+                self.serve_slot(FlowId::new(slot), listener);
+            }
+            Ok(_) => {
+                self.serve(listener, socket::accepted(event.result));
+            }
+            Err(_) if matches!(-event.result, libc::ECANCELED | libc::EINTR | libc::EAGAIN) => {}
+            // Aborted while it waited in the queue: the next one is as good.
+            Err(_) if -event.result == libc::ECONNABORTED => {}
+            Err(_) => {
+                self.counters.accept_paused.add(1);
+                self.listening.retry_at = Some(now.saturating_add(Clock::ticks(ACCEPT_RETRY)));
+            }
+        }
+    }
+
+    fn may_accept(&mut self) -> bool {
+        let now = self.clock.now();
+        if self.listening.retry_at.is_some_and(|at| at <= now) {
+            self.listening.retry_at = None;
+        }
+        self.drain_until.is_none()
+            && self.listening.retry_at.is_none()
+            && self.listening.parked.is_empty()
+            && self.slab.occupied() < self.setup.share.flows_max
+            && self.listening.connects_pending < self.setup.share.connects_pending_max
+    }
+
+    /// Every connection that waits in an accept queue could be taken at once: only then may the
+    /// kernel accept on its own, because what has no slot is dropped. A descriptor needs none.
+    fn has_room_for_queues(&self) -> bool {
+        let queued = u64::from(self.setup.profile.limits.backlog) * 2 + BATCH_MAX;
+        let listeners = self.listening.states.len() as u64;
+        let room = u64::from(self.setup.share.flows_max - self.slab.occupied());
+        into(&self.setup) == AcceptInto::Descriptors || room > queued * listeners
+    }
+
+    /// A plain listener's connection: the kernel has put it into `slot` already.
+    fn serve_slot(&mut self, slot: FlowId, listener: u16) {
+        let Some(Destination { endpoint, upstream, .. }) = self.endpoint(listener) else {
+            return self.ring.close(slot, crate::op::Side::Downstream, true);
+        };
+        self.began(listener);
+        let peers = Peers {
+            downstream: None,
+            endpoint,
+            listener,
+            original_dst: None,
+            source: None,
+            upstream,
+        };
+        self.open(slot, peers);
+    }
+
+    fn serve_parked(&mut self) {
+        while self.slab.has_free() {
+            let Some((listener, fd)) = self.listening.parked.pop_front() else { return };
+            self.serve(listener, fd);
+        }
+    }
+
+    /// A connection that we hold by descriptor, because its addresses matter.
+    fn serve(&mut self, listener: u16, fd: OwnedFd) {
+        if !self.slab.has_free() {
+            return self.listening.parked.push_back((listener, fd));
+        }
+        let Ok(downstream) = socket::peer_name(fd.as_fd()).map(Downstream::new) else {
+            return; // It was reset while it waited: nobody is left to answer.
+        };
+        let destination = match self.destination(listener, downstream, &fd) {
+            Ok(destination) => destination,
+            Err(denied) => return self.deny(denied, &fd),
+        };
+        if !self.listening.sources.enter(downstream.addr().ip()) {
+            self.listening.unpick(listener, destination.endpoint);
+            return self.deny(Denied::SourceLimit, &fd);
+        }
+        let Some(slot) = self.slab.reserve() else { return };
+        self.began(listener);
+        self.ring.adopt(slot, fd);
+        let Destination { endpoint, original_dst, source, upstream } = destination;
+        let downstream = Some(downstream.addr());
+        self.open(slot, Peers { downstream, endpoint, listener, original_dst, source, upstream });
+    }
+
+    /// Where a captured connection goes, or why it goes nowhere.
+    fn destination(
+        &mut self,
+        listener: u16,
+        downstream: Downstream,
+        fd: &OwnedFd,
+    ) -> Result<Destination, Denied> {
+        let index = usize::from(listener);
+        let Some(Listener { route, .. }) = self.setup.listeners.get(index) else {
+            return Err(Denied::UnknownDestination);
+        };
+        let (dst, source) = match route {
+            Route::Endpoints { .. } => {
+                return self.endpoint(listener).ok_or(Denied::UnknownDestination);
+            }
+            Route::Recorded(records) => match records.take(downstream) {
+                Some(dst) => (dst, None),
+                None => return Err(Denied::Direct),
+            },
+            Route::Socket { source, .. } => {
+                let dst = socket::local_name(fd.as_fd())
+                    .map(OriginalDst::new)
+                    .map_err(|_| Denied::UnknownDestination)?;
+                let keep = *source == SourceAddress::Keep;
+                (dst, keep.then_some(downstream.addr().ip()))
+            }
+        };
+        if self.setup.own_ports.forbids(dst.addr()) {
+            return Err(Denied::OwnPort);
+        }
+        Ok(Destination {
+            endpoint: 0,
+            original_dst: Some(dst.addr()),
+            source: source.map(|ip| SocketAddr::new(ip, 0)),
+            upstream: dst.addr(),
+        })
+    }
+
+    /// The next endpoint of a plain listener.
+    fn endpoint(&mut self, listener: u16) -> Option<Destination> {
+        let index = usize::from(listener);
+        let Route::Endpoints { balance, endpoints } = &self.setup.listeners.get(index)?.route
+        else {
+            return None;
+        };
+        let state = self.listening.states.get_mut(index)?;
+        let chosen = match balance {
+            Balance::RoundRobin => state.next_endpoint % endpoints.len(),
+            Balance::LeastFlows => least(&state.endpoint_flows, state.next_endpoint)?,
+        };
+        state.next_endpoint = chosen + 1;
+        *state.endpoint_flows.get_mut(chosen)? += 1;
+        Some(Destination {
+            endpoint: u16::try_from(chosen).ok()?,
+            original_dst: None,
+            source: None,
+            upstream: *endpoints.get(chosen)?,
+        })
+    }
+
+    fn began(&mut self, listener: u16) {
+        let origin = self.listening.origin(listener) as usize;
+        if let Some(counter) = self.counters.flows_opened.get(origin) {
+            counter.add(1);
+        }
+    }
+
+    fn deny(&mut self, why: Denied, fd: &OwnedFd) {
+        if let Some(counter) = self.counters.denied.get(why as usize) {
+            counter.add(1);
+        }
+        // Closing `fd` after this sends RST. If even that fails, closing it sends FIN.
+        let _ = socket::set_reset_on_close(fd.as_fd());
+    }
+}
+
+impl Listening {
+    pub(super) fn new(setup: &Setup) -> Listening {
+        let parked_max = match into(setup) {
+            AcceptInto::Slots => 0,
+            // An accept can hand over no more than the ring has room to say.
+            AcceptInto::Descriptors => setup.profile.ring.completions as usize * 2,
+        };
+        Listening {
+            connects_pending: 0,
+            parked: VecDeque::with_capacity(parked_max),
+            retry_at: None,
+            sources: Sources::new(setup.share.flows_per_source_max, setup.share.flows_max),
+            states: setup.listeners.iter().map(State::new).collect(),
+        }
+    }
+
+    /// When to try again after an error, in ticks.
+    pub(super) const fn retry_at(&self) -> Option<u32> {
+        self.retry_at
+    }
+
+    pub(super) fn connect_began(&mut self) {
+        self.connects_pending += 1;
+    }
+
+    pub(super) fn connect_ended(&mut self) {
+        self.connects_pending -= 1;
+    }
+
+    pub(super) fn flow_ended(&mut self, peers: &Peers) {
+        self.unpick(peers.listener, peers.endpoint);
+        if let Some(downstream) = peers.downstream {
+            self.sources.leave(downstream.ip());
+        }
+    }
+
+    pub(super) fn origin(&self, listener: u16) -> Origin {
+        self.states.get(usize::from(listener)).map_or(Origin::Forward, |state| state.origin)
+    }
+
+    /// Nothing will be accepted any more, and nothing that was accepted waits.
+    pub(super) fn is_over(&self) -> bool {
+        self.parked.is_empty() && self.states.iter().all(|state| state.accept == Accept::Over)
+    }
+
+    fn is_armed(&self) -> bool {
+        self.states.iter().all(|state| matches!(state.accept, Accept::Many | Accept::One))
+    }
+
+    fn ones(&self) -> u32 {
+        let ones = self.states.iter().filter(|state| state.accept == Accept::One);
+        u32::try_from(ones.count()).unwrap_or(u32::MAX)
+    }
+
+    fn unpick(&mut self, listener: u16, endpoint: u16) {
+        let state = self.states.get_mut(usize::from(listener));
+        let flows = state.and_then(|state| state.endpoint_flows.get_mut(usize::from(endpoint)));
+        if let Some(flows) = flows {
+            *flows -= 1;
+        }
+    }
+}
+
+impl State {
+    fn new(listener: &Listener) -> State {
+        let (origin, endpoints) = match &listener.route {
+            Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
+            Route::Recorded(_) => (Origin::OutboundConnect, 0),
+            Route::Socket { origin, .. } => (*origin, 0),
+        };
+        State { accept: Accept::Idle, endpoint_flows: vec![0; endpoints], next_endpoint: 0, origin }
+    }
+}
+
+impl Sources {
+    fn new(max: u32, flows_max: u32) -> Sources {
+        let room = if max == 0 { 0 } else { flows_max as usize * 2 };
+        Sources { flows: HashMap::with_capacity(room), max }
+    }
+
+    /// Counts one more flow from `source`; false if it has too many already.
+    fn enter(&mut self, source: IpAddr) -> bool {
+        if self.max == 0 {
+            return true;
+        }
+        let flows = self.flows.entry(source).or_insert(0);
+        let fits = *flows < self.max;
+        *flows += u32::from(fits);
+        fits
+    }
+
+    fn leave(&mut self, source: IpAddr) {
+        if let Some(flows) = self.flows.get_mut(&source) {
+            *flows -= 1;
+            if *flows == 0 {
+                self.flows.remove(&source);
+            }
+        }
+    }
+}
+
+/// Slots where nobody needs to look at the socket; descriptors where its addresses decide.
+fn into(setup: &Setup) -> AcceptInto {
+    let plain = |listener: &Listener| matches!(listener.route, Route::Endpoints { .. });
+    if setup.share.flows_per_source_max == 0 && setup.listeners.iter().all(plain) {
+        AcceptInto::Slots
+    } else {
+        AcceptInto::Descriptors
+    }
+}
+
+/// Whether this worker hands out slots itself.
+pub(super) fn hands_out_slots(setup: &Setup) -> bool {
+    into(setup) == AcceptInto::Descriptors
+}
+
+/// The index of the smallest count; among equals the first from `start` on.
+fn least(counts: &[u32], start: usize) -> Option<usize> {
+    (0..counts.len())
+        .map(|step| (start + step) % counts.len())
+        .min_by_key(|index| counts.get(*index).copied())
+}
+
+fn token(index: usize) -> Token {
+    Token::new(Kind::Accept, FlowId::new(u32::try_from(index).unwrap_or(u32::MAX)), 0)
+}
+
+/// Connections whose events the worker has not seen yet: one turn's worth.
+const BATCH_MAX: u64 = 256;
+/// After EMFILE or ENFILE: long enough not to spin, short enough not to be noticed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The loop itself: completions in, operations out, then buffers, timers and mailbox.
+//!
+//! Invariant: what a flow asks for is carried out in the order it asked, and a slot is free again
+//! only after its last operation went to the ring.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::accept::Listening;
+use super::mailbox::{Letter, Mailbox};
+use super::slab::{Peers, Slab};
+use super::wheel::{Clock, Wheel};
+use super::{FlowRow, Setup};
+use crate::flow::{Flow, Ops, Rules, Segments};
+use crate::metrics::Counters;
+use crate::op::{
+    CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Segment, Side, Timer, Token,
+};
+use crate::profile::Timeouts;
+use crate::ring::{Batch, Event, Ring, RingError};
+
+/// Everything one worker owns.
+pub(super) struct Worker {
+    pub(super) batch: Batch,
+    pub(super) clock: Clock,
+    pub(super) counters: Arc<Counters>,
+    /// When draining: the tick at which what is left is reset.
+    pub(super) drain_until: Option<u32>,
+    pub(super) listening: Listening,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) ring: Ring,
+    pub(super) rules: Rules,
+    pub(super) segments: Segments,
+    pub(super) setup: Setup,
+    pub(super) slab: Slab,
+    /// Directions that wait for a small buffer, first come first served.
+    pub(super) starved: VecDeque<(FlowId, Side)>,
+    pub(super) ticks: TimerTicks,
+    pub(super) wheel: Wheel,
+}
+
+/// The profile's timeouts in ticks; `None` for never.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TimerTicks {
+    connect: u32,
+    half_closed: u32,
+    idle: Option<u32>,
+}
+
+impl Worker {
+    /// Turns until drained.
+    pub(super) fn run(&mut self) -> Result<(), RingError> {
+        self.ring.arm_mailbox(MAILBOX, self.mailbox.bell());
+        self.arm_listeners();
+        while !self.is_drained() {
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    fn turn(&mut self) -> Result<(), RingError> {
+        let patience = self.patience();
+        self.ring.turn(patience, &mut self.batch)?;
+        self.clock.read();
+        while let Some(event) = self.batch.next() {
+            self.handle(event);
+        }
+        self.return_buffers();
+        self.feed_starved();
+        self.expire();
+        self.read_mail();
+        self.arm_listeners();
+        self.counters.ring_enters.set(self.ring.enters());
+        Ok(())
+    }
+
+    /// How long the ring may sleep.
+    fn patience(&self) -> Option<Duration> {
+        let now = self.clock.now();
+        let timer = self.wheel.next(now);
+        let listener = self.listening.retry_at().map(|at| at.saturating_sub(now).max(1));
+        let drain = self.drain_until.map(|at| at.saturating_sub(now).max(1));
+        [timer, listener, drain].into_iter().flatten().min().map(Clock::span)
+    }
+
+    fn handle(&mut self, event: Event) {
+        self.counters.ring_completions.add(1);
+        let flow = event.token.flow();
+        match event.token.kind() {
+            Some(Kind::Accept) => self.accepted(flow.index(), event),
+            Some(Kind::Mailbox | Kind::Quiet) | None => {}
+            Some(kind) => {
+                if self.slab.living(flow, event.token.generation()).is_none() {
+                    self.counters.completions_stale.add(1);
+                    if let Some(buffer) = event.buffer {
+                        self.segments.free(buffer);
+                    }
+                } else if let Some(completion) = completion(kind, event, &mut self.segments) {
+                    self.step(flow, completion);
+                }
+            }
+        }
+    }
+
+    /// Begins a flow in `slot`, whose downstream socket the ring holds already.
+    pub(super) fn open(&mut self, slot: FlowId, peers: Peers) {
+        let mut ops = Ops::new();
+        let flow = Flow::open(&self.rules, &mut ops);
+        let now = self.clock.now();
+        if self.slab.claim(slot, flow, peers, now).is_none() {
+            // Only a kernel that hands out a taken slot gets here: give the socket back.
+            self.counters.completions_stale.add(1);
+            return self.ring.close(slot, Side::Downstream, true);
+        }
+        self.counters.flows_active.add(1);
+        self.listening.connect_began();
+        self.carry(slot, &mut ops);
+        self.settle(slot);
+    }
+
+    /// One completion for one flow.
+    fn step(&mut self, slot: FlowId, completion: Completion) {
+        let Some(entry) = self.slab.entry(slot) else { return };
+        let Some(flow) = entry.flow.as_mut() else { return };
+        let was_connecting = flow.is_connecting();
+        let mut ops = Ops::new();
+        flow.step(completion, &self.rules, &mut self.segments, &mut ops);
+        entry.times.active = self.clock.now();
+        if was_connecting && !flow.is_connecting() {
+            self.listening.connect_ended();
+        }
+        if let Completion::Sent { from, result: Ok(bytes) } = completion {
+            let origin = self.listening.origin(entry.peers.listener) as usize;
+            let counter = match from {
+                Side::Downstream => self.counters.bytes_to_upstream.get(origin),
+                Side::Upstream => self.counters.bytes_to_downstream.get(origin),
+            };
+            if let Some(counter) = counter {
+                counter.add(u64::from(bytes));
+            }
+        }
+        self.carry(slot, &mut ops);
+        self.settle(slot);
+    }
+
+    /// Takes the operations of one step to the ring.
+    fn carry(&mut self, slot: FlowId, ops: &mut Ops) {
+        let Some(entry) = self.slab.entry(slot) else { return };
+        let Some(flow) = entry.flow else { return };
+        let generation = entry.generation;
+        for op in ops.drain() {
+            let token = |kind| Token::new(kind, slot, generation);
+            match op {
+                Op::AwaitBuffers(side) => {
+                    self.counters.buffers_exhausted.add(1);
+                    if entry.queue_for_buffers(side) {
+                        self.starved.push_back((slot, side));
+                    }
+                }
+                Op::Cancel(request) => self.ring.cancel(token(Kind::of(request))),
+                Op::Close { side, reset } => self.ring.close(slot, side, reset),
+                Op::Connect => {
+                    let Peers { upstream, source, .. } = entry.peers;
+                    self.ring.dial(token(Kind::Connect), upstream, source);
+                }
+                Op::Receive { side, credit_bytes, pool } => {
+                    self.ring.receive(token(receive_kind(side)), side, credit_bytes, pool);
+                }
+                Op::Send { from, segments } => {
+                    let queue = self.segments.iter(flow.queue(from)).take(usize::from(segments));
+                    self.ring.send(token(send_kind(from)), from.other(), queue);
+                }
+                Op::Shutdown(side) => self.ring.shutdown(token(shutdown_kind(side)), side),
+            }
+        }
+    }
+
+    /// Keeps the flow's timer in step with its state; lets go of a flow that has closed.
+    fn settle(&mut self, slot: FlowId) {
+        let Some(entry) = self.slab.entry(slot) else { return };
+        let Some(flow) = entry.flow.as_ref() else { return };
+        if let Some(reason) = flow.closed() {
+            let peers = entry.peers;
+            self.wheel.clear(slot.slot());
+            self.slab.release(slot);
+            self.counters.flows_active.sub(1);
+            if let Some(counter) = self.counters.flows_closed.get(reason as usize) {
+                counter.add(1);
+            }
+            return self.listening.flow_ended(&peers);
+        }
+        let timer = flow.timer();
+        if timer != entry.times.timer {
+            entry.times.timer = timer;
+            match timer.and_then(|timer| self.ticks.of(timer)) {
+                Some(ticks) => self.wheel.set(slot.slot(), self.clock.now().wrapping_add(ticks)),
+                None => self.wheel.clear(slot.slot()),
+            }
+        }
+    }
+
+    fn return_buffers(&mut self) {
+        while let Some(buffer) = self.segments.take_freed() {
+            self.ring.recycle(buffer);
+        }
+    }
+
+    /// Lets waiting directions receive again once an eighth of the small pool is back.
+    fn feed_starved(&mut self) {
+        let free = self.ring.free(Pool::Small);
+        if self.starved.is_empty() || free < self.setup.profile.buffers.small_count.div_ceil(8) {
+            return;
+        }
+        for _ in 0..free.div_ceil(2) {
+            let Some((slot, side)) = self.starved.pop_front() else { return };
+            let Some(entry) = self.slab.entry(slot) else { continue };
+            entry.leave_buffer_queue(side);
+            if entry.flow.is_some() {
+                self.step(slot, Completion::BuffersFree(side));
+            }
+        }
+    }
+
+    /// Timers are set once and looked at when they run out: a flow that moved bytes since gets
+    /// the rest of its time.
+    fn expire(&mut self) {
+        let now = self.clock.now();
+        while let Some(slot) = self.wheel.expired(now) {
+            let slot = FlowId::new(slot);
+            let Some(entry) = self.slab.entry(slot) else { continue };
+            let Some(timer) = entry.times.timer else { continue };
+            let Some(ticks) = self.ticks.of(timer) else { continue };
+            let since =
+                if timer == Timer::Connect { entry.times.opened } else { entry.times.active };
+            let deadline = since.wrapping_add(ticks);
+            if deadline.wrapping_sub(now).cast_signed() > 0 {
+                self.wheel.set(slot.slot(), deadline);
+            } else {
+                self.step(slot, Completion::Expired(timer));
+            }
+        }
+    }
+
+    fn read_mail(&mut self) {
+        while let Some(letter) = self.mailbox.take() {
+            match letter {
+                Letter::Drain(within) => {
+                    let until = self.clock.now().saturating_add(Clock::ticks(within));
+                    self.drain_until = Some(self.drain_until.map_or(until, |at| at.min(until)));
+                    self.stop_listening();
+                }
+                Letter::Flows(to) => {
+                    // Whoever asked may have stopped waiting: nothing is lost.
+                    let _ = to.send(self.rows());
+                }
+            }
+        }
+        if self.drain_until.is_some_and(|until| until <= self.clock.now()) {
+            self.expel_all();
+        }
+    }
+
+    fn expel_all(&mut self) {
+        for slot in (0..self.slab.slots()).map(FlowId::new) {
+            if self.slab.entry(slot).is_some_and(|entry| entry.flow.is_some()) {
+                self.step(slot, Completion::Expelled(CloseReason::Drained));
+            }
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.drain_until.is_some() && self.slab.occupied() == 0 && self.listening.is_over()
+    }
+
+    fn rows(&self) -> Vec<FlowRow> {
+        let now = self.clock.now();
+        self.slab
+            .iter()
+            .map(|(slot, entry, flow)| FlowRow {
+                age: Clock::span(now.wrapping_sub(entry.times.opened)),
+                bytes_to_downstream: flow.moved_bytes(Side::Upstream),
+                bytes_to_upstream: flow.moved_bytes(Side::Downstream),
+                downstream: entry.peers.downstream,
+                id: u64::from(self.setup.index) << 56
+                    | u64::from(slot.slot()) << 32
+                    | u64::from(entry.generation),
+                idle: Clock::span(now.wrapping_sub(entry.times.active)),
+                origin: self.listening.origin(entry.peers.listener),
+                original_dst: entry.peers.original_dst,
+                upstream: entry.peers.upstream,
+            })
+            .collect()
+    }
+}
+
+impl TimerTicks {
+    pub(super) fn new(timeouts: &Timeouts) -> TimerTicks {
+        TimerTicks {
+            connect: Clock::ticks(timeouts.connect),
+            half_closed: Clock::ticks(timeouts.half_closed),
+            idle: (!timeouts.idle.is_zero()).then(|| Clock::ticks(timeouts.idle)),
+        }
+    }
+
+    const fn of(self, timer: Timer) -> Option<u32> {
+        match timer {
+            Timer::Connect => Some(self.connect),
+            Timer::HalfClosed => Some(self.half_closed),
+            Timer::Idle => self.idle,
+        }
+    }
+}
+
+/// What the ring's event means to the flow. A receive whose buffer comes empty gives it back.
+fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Completion> {
+    let Event { result, buffer, more, .. } = event;
+    let count = u32::try_from(result).map_err(|_| Errno(-result));
+    let done = count.map(|_| ());
+    Some(match kind {
+        Kind::Connect => Completion::Connected(done),
+        Kind::ReceiveDownstream | Kind::ReceiveUpstream => {
+            let side =
+                if kind == Kind::ReceiveUpstream { Side::Upstream } else { Side::Downstream };
+            let result = match (count, buffer) {
+                (Ok(len @ 1..), Some(buffer)) => Ok(Some(Segment { buffer, offset: 0, len })),
+                (count, buffer) => {
+                    if let Some(buffer) = buffer {
+                        segments.free(buffer);
+                    }
+                    count.map(|_| None)
+                }
+            };
+            Completion::Received { side, result, more }
+        }
+        Kind::SendDownstream => Completion::Sent { from: Side::Downstream, result: count },
+        Kind::SendUpstream => Completion::Sent { from: Side::Upstream, result: count },
+        Kind::ShutdownDownstream => Completion::ShutDown { side: Side::Downstream, result: done },
+        Kind::ShutdownUpstream => Completion::ShutDown { side: Side::Upstream, result: done },
+        Kind::Accept | Kind::Mailbox | Kind::Quiet => return None,
+    })
+}
+
+const fn receive_kind(side: Side) -> Kind {
+    Kind::of(crate::op::Request::Receive(side))
+}
+
+const fn send_kind(from: Side) -> Kind {
+    Kind::of(crate::op::Request::Send(from))
+}
+
+const fn shutdown_kind(side: Side) -> Kind {
+    Kind::of(crate::op::Request::Shutdown(side))
+}
+
+const MAILBOX: Token = Token::new(Kind::Mailbox, FlowId::new(0), 0);
