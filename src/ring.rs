@@ -16,11 +16,14 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, opcode, types};
 
-use crate::op::{BufferId, FlowId, Kind, Pool, Segment, Side, Token};
+use crate::op::{BufferId, FlowId, Kind, Pool, Request, Segment, Side, Token};
+use crate::sys::socket;
 
 use buffers::Buffers;
+use cancels::Cancels;
 use scratch::Scratch;
 use spin::Spin;
+use turn::{Again, CANCEL, DESCRIPTOR};
 
 pub use dial::DialOptions;
 pub use probe::Features;
@@ -28,6 +31,7 @@ pub use setup::{RingError, Setup};
 pub use turn::{Batch, Event};
 
 mod buffers;
+mod cancels;
 mod dial;
 mod probe;
 mod scratch;
@@ -45,9 +49,14 @@ pub struct Ring {
     small: Buffers,
     bulk: Buffers,
     dial: Box<DialOptions>,
+    name: Box<libc::sockaddr_storage>,
+    again: Vec<Again>,
+    broken: Option<RingError>,
+    cancels: Cancels,
     enters: u64,
     features: Features,
     flows_max: u32,
+    overflows: u64,
     scratch: Scratch,
     spin: Spin,
 }
@@ -74,6 +83,13 @@ impl Ring {
         self.enters
     }
 
+    /// Turns that found the completion queue full. Nothing is lost then, the kernel keeps what had
+    /// no room; but it is slow: a larger `ring.completions` is wanted.
+    #[must_use]
+    pub const fn overflows(&self) -> u64 {
+        self.overflows
+    }
+
     /// Accepts one connection. Without a free slot for it the kernel would accept it all the same
     /// and drop it (`io_accept` in io_uring/net.c), so ask only when there is one.
     pub fn accept_one(&mut self, token: Token, listener: BorrowedFd<'_>, into: AcceptInto) {
@@ -97,9 +113,11 @@ impl Ring {
 
     /// Moves an accepted connection into a slot of our choice and gives its descriptor back.
     pub fn adopt(&mut self, slot: FlowId, fd: OwnedFd) {
-        self.reserve(1);
-        let number = self.scratch.keep_descriptor(fd);
         let Ok(offset) = i32::try_from(slot.slot()) else { return };
+        if !self.reserve(1) {
+            return;
+        }
+        let number = self.scratch.keep_descriptor(fd);
         let update = opcode::FilesUpdate::new(number, 1).offset(offset).build();
         self.push_quiet(update);
     }
@@ -126,7 +144,9 @@ impl Ring {
             let send = opcode::Send::new(fd, first_address, first.len).flags(flags);
             return self.push(send.build().user_data(token.raw()));
         };
-        self.reserve(1);
+        if !self.reserve(1) {
+            return;
+        }
         let (small, bulk) = (&self.small, &self.bulk);
         let vectors = [first, second].into_iter().chain(segments).map(|segment| libc::iovec {
             iov_base: pool_of(small, bulk, segment.buffer)
@@ -146,19 +166,28 @@ impl Ring {
     /// io_uring/net.c), so where the kernel can lend us a descriptor for the slot, shutdown(2) is
     /// called on that as soon as it comes.
     pub fn shutdown(&mut self, token: Token, side: Side) {
+        if !self.features.descriptor_install {
+            return self.shut_down_slowly(token);
+        }
+        debug_assert!(token.kind() == Some(Kind::of(Request::Shutdown(side))));
         let fd = self.socket(token.flow(), side);
-        let request = if self.features.descriptor_install {
-            opcode::FixedFdInstall::new(fd, 0).build()
-        } else {
-            opcode::Shutdown::new(fd, libc::SHUT_WR).build()
-        };
+        let lend = opcode::FixedFdInstall::new(fd, 0).build();
+        self.push(lend.user_data(token.raw() | DESCRIPTOR));
+    }
+
+    /// FIN by a kernel thread.
+    fn shut_down_slowly(&mut self, token: Token) {
+        let upstream = token.kind() == Some(Kind::ShutdownUpstream);
+        let side = if upstream { Side::Upstream } else { Side::Downstream };
+        let fd = self.socket(token.flow(), side);
+        let request = opcode::Shutdown::new(fd, libc::SHUT_WR).build();
         self.push(request.user_data(token.raw()));
     }
 
-    /// Gives a socket back: with FIN, or with RST. Says nothing when done.
+    /// Gives a socket back: with FIN, or with RST. Says nothing when done. The option and the
+    /// close are not linked: a slot must be freed even if its socket takes no option any more.
     pub fn close(&mut self, flow: FlowId, side: Side, reset: bool) {
         let fd = self.socket(flow, side);
-        self.reserve(2);
         if reset {
             let linger: *const libc::linger = &raw const RESET_ON_CLOSE;
             let set = opcode::SetSockOpt::new(
@@ -173,9 +202,32 @@ impl Ring {
         self.push_quiet(opcode::Close::new(fd).build());
     }
 
-    /// Asks a request to end early; its own event says whether it did.
+    /// Ends a request early; its own event, which still comes, says whether it did. A cancel that
+    /// comes too soon for the kernel is repeated. Only for requests that are in flight.
     pub fn cancel(&mut self, target: Token) {
-        self.push_quiet(opcode::AsyncCancel::new(target.raw()).build());
+        if self.cancels.begin(target) {
+            self.push_cancel(target);
+        }
+    }
+
+    fn push_cancel(&mut self, target: Token) {
+        let cancel = opcode::AsyncCancel::new(target.raw()).build().flags(Flags::SKIP_SUCCESS);
+        self.push(cancel.user_data(target.raw() | CANCEL));
+    }
+
+    /// The peer of a socket in its slot. For lists that people ask for: it costs a syscall.
+    pub fn peer_name(&mut self, flow: FlowId, side: Side) -> Option<SocketAddr> {
+        let fd = self.socket(flow, side);
+        self.name.ss_family = 0;
+        let name: *mut libc::sockaddr_storage = &raw mut *self.name;
+        let (level, option) = (libc::SOL_SOCKET.cast_unsigned(), SO_PEERNAME);
+        let mut get =
+            opcode::SetSockOpt::new(fd, level, option, name.cast_const().cast(), NAME_BYTES)
+                .build();
+        write_field(&mut get, CMD_OP_OFFSET, SOCKET_URING_OP_GETSOCKOPT);
+        self.push_quiet(get);
+        self.enter(0, None).ok()?;
+        socket::address_of(&self.name)
     }
 
     /// Makes an event with `token` whenever the eventfd is rung.
@@ -212,7 +264,9 @@ impl Ring {
         let Ok(slot) = types::DestinationSlot::try_from_slot_target(upper + flow.slot()) else {
             return;
         };
-        self.reserve(DIAL_STEPS_MAX);
+        if !self.reserve(self.dial.count() + DIAL_STEPS_MAX) {
+            return;
+        }
         let fd = self.socket(flow, Side::Upstream);
         let domain = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let socket = opcode::Socket::new(domain, libc::SOCK_STREAM, libc::IPPROTO_TCP);
@@ -238,24 +292,15 @@ impl Ring {
     }
 
     fn push(&mut self, entry: Entry) {
-        self.reserve(1);
+        if !self.reserve(1) {
+            return;
+        }
         // SAFETY: every pointer in the entry leads to a buffer of ours (mapped for as long as the
         // ring lives), to `scratch` (kept until the entry was submitted, and the kernel copies
         // what it reads there while submitting: IORING_FEAT_SUBMIT_STABLE, checked in `setup`),
-        // to `dial`, or to a static.
+        // to `dial` or `name`, which are boxed and dropped after the ring, or to a static.
         let pushed = unsafe { self.io.submission().push(&entry) };
         debug_assert!(pushed.is_ok(), "room was reserved");
-    }
-
-    /// Makes room for a chain of `entries`, which must not be torn apart by a submit.
-    fn reserve(&mut self, entries: usize) {
-        let room = {
-            let queue = self.io.submission();
-            queue.capacity() - queue.len()
-        };
-        if room < entries || !self.scratch.has_room(entries) {
-            self.submit();
-        }
     }
 
     fn socket(&self, flow: FlowId, side: Side) -> types::Fixed {
@@ -279,22 +324,36 @@ fn pool_of<'a>(small: &'a Buffers, bulk: &'a Buffers, buffer: BufferId) -> &'a B
 /// Ends a multishot receive after so many bytes: field `optlen` of the request, since 6.17
 /// (`io_recvmsg_prep_setup` in io_uring/net.c). The crate has no name for it yet.
 fn limit_receive(receive: &mut Entry, bytes: u32) {
-    let raw = (&raw mut *receive).cast::<u8>().wrapping_add(OPTLEN_OFFSET);
+    write_field(receive, OPTLEN_OFFSET, bytes);
+}
+
+/// Writes four bytes of a request for which the crate has no name.
+fn write_field(entry: &mut Entry, offset: usize, value: u32) {
+    debug_assert!(offset + 4 <= size_of::<Entry>());
+    let raw = (&raw mut *entry).cast::<u8>().wrapping_add(offset);
     // SAFETY: an entry is the 64 bytes of `struct io_uring_sqe` and nothing else (asserted
-    // below), and bytes 44 to 48 are `optlen` there; any four bytes are a valid `u32`.
-    unsafe { raw.cast::<u32>().write_unaligned(bytes) };
+    // below), both offsets in use lie within, and any four bytes are valid there.
+    unsafe { raw.cast::<u32>().write_unaligned(value) };
 }
 
 const _: () = assert!(size_of::<Entry>() == 64);
 
 /// Place of `optlen` in `struct io_uring_sqe` (linux/io_uring.h).
 const OPTLEN_OFFSET: usize = 44;
+/// Place of `cmd_op` in it.
+const CMD_OP_OFFSET: usize = 8;
+/// `SOCKET_URING_OP_GETSOCKOPT`: laid out as its sibling that sets.
+const SOCKET_URING_OP_GETSOCKOPT: u32 = 2;
+/// asm-generic/socket.h; the same everywhere that this crate's ring runs.
+const SO_PEERNAME: u32 = 28;
+const NAME_BYTES: u32 = 128;
+const _: () = assert!(size_of::<libc::sockaddr_storage>() == NAME_BYTES as usize);
 /// `POLLIN`, as the request wants it.
 const POLLIN: u32 = 1;
 /// Only failures of a request with this token make an event, and nobody waits for them.
 const QUIET: Token = Token::new(Kind::Quiet, FlowId::new(0), 0);
-/// Socket, at most eleven options, bind, connect.
-const DIAL_STEPS_MAX: usize = 14;
+/// Socket, bind, connect: the steps besides the options.
+const DIAL_STEPS_MAX: usize = 3;
 const LINGER_BYTES: u32 = 8;
 const _: () = assert!(size_of::<libc::linger>() == LINGER_BYTES as usize);
 /// Closing sends RST (socket(7)). Static, because the kernel may read it late.

@@ -47,6 +47,10 @@ impl DialOptions {
         let mut options = DialOptions { list: Vec::new() };
         options.add(When::BoundV4, libc::SOL_IP, libc::IP_TRANSPARENT, 1);
         options.add(When::BoundV6, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1);
+        // Let connect choose the port, when it knows the destination: bind would have to find one
+        // that is free for every destination (ip(7)).
+        options.add(When::BoundV4, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1);
+        options.add(When::BoundV6, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1);
         // A port is free again for another destination while it lingers in TIME_WAIT.
         options.add(When::BoundV4, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
         options.add(When::BoundV6, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What this kernel can do, found out by doing it once: the only place that degrades.
 //!
-//! Runs on the ring itself before it is used, with a connected pair of sockets in slot 0.
+//! Runs on the ring itself before it is used, with sockets that reach no network: a namespace
+//! whose loopback is down is no obstacle.
 
-use std::io;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use io_uring::{Probe, opcode, squeue, types};
+use socket2::{Domain, Socket, Type};
 
 use super::{Batch, Event, Ring, RingError};
 use crate::op::{FlowId, Kind, Pool, Side, Token};
-use crate::sys::socket;
 
 /// What this kernel can do beyond the floor.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -28,37 +28,46 @@ pub struct Features {
 /// Tries each feature; fails only without one weir cannot do without.
 pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     let step = |step| move |source| RingError::Step { source, step };
-    let (ours, theirs) = connected_pair().map_err(step("connect to ourselves for the probe"))?;
-    ring.adopt(SLOT, ours.into());
     let bind = knows(ring, opcode::Bind::CODE).map_err(step("ask which operations there are"))?;
+    let tcp = tcp_socket().map_err(step("make a socket for the probe"))?;
+    ring.adopt(SLOT, tcp.into());
     if attempt(ring, set_nodelay())? < 0 {
         return Err(RingError::Feature { feature: "socket options in the ring", since: "6.7" });
     }
-    ring.features.descriptor_install = true;
-    ring.shutdown(token(Kind::ShutdownDownstream), Side::Downstream);
-    let descriptor_install = await_event(ring, Kind::ShutdownDownstream)?.result >= 0;
-    ring.features.descriptor_install = false;
-    let receive_limit = limit_works(ring, theirs)?;
+    let (ours, theirs) = UnixStream::pair().map_err(step("make sockets for the probe"))?;
+    ring.adopt(SLOT, ours.into());
+    let receive_limit = limit_works(ring, &theirs)?;
+    let descriptor_install = install_works(ring)?;
     ring.close(SLOT, Side::Downstream, false);
     Ok(Features { bind, descriptor_install, receive_limit })
 }
 
-/// A limited receive on a socket whose peer sends FIN: old kernels refuse the request (EINVAL).
-fn limit_works(ring: &mut Ring, theirs: TcpStream) -> Result<bool, RingError> {
+/// A receive that may bring one byte where two wait: old kernels refuse it (EINVAL).
+fn limit_works(ring: &mut Ring, mut theirs: &UnixStream) -> Result<bool, RingError> {
+    let step = "write to ourselves for the probe";
+    theirs.write_all(b"ab").map_err(|source| RingError::Step { source, step })?;
     ring.features.receive_limit = true;
     ring.receive(token(Kind::ReceiveDownstream), Side::Downstream, 1, Pool::Small);
-    drop(theirs);
     let event = await_event(ring, Kind::ReceiveDownstream)?;
     ring.features.receive_limit = false;
+    if let Some(buffer) = event.buffer {
+        ring.recycle(buffer);
+    }
+    Ok(event.result == 1 && !event.more)
+}
+
+/// A FIN by way of a lent descriptor: old kernels do not know the request (EINVAL).
+fn install_works(ring: &mut Ring) -> Result<bool, RingError> {
+    ring.features.descriptor_install = true;
+    ring.shutdown(token(Kind::ShutdownDownstream), Side::Downstream);
+    let event = await_event(ring, Kind::ShutdownDownstream)?;
+    ring.features.descriptor_install = false;
     Ok(event.result == 0)
 }
 
-fn connected_pair() -> io::Result<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind("127.0.0.1:0").or_else(|_| TcpListener::bind("[::1]:0"))?;
-    let theirs = TcpStream::connect(listener.local_addr()?)?;
-    let (ours, _) = listener.accept()?;
-    debug_assert!(socket::peer_name(ours.as_fd()).is_ok());
-    Ok((ours, theirs))
+fn tcp_socket() -> io::Result<Socket> {
+    Socket::new(Domain::IPV4, Type::STREAM, None)
+        .or_else(|_| Socket::new(Domain::IPV6, Type::STREAM, None))
 }
 
 fn knows(ring: &Ring, code: u8) -> io::Result<bool> {

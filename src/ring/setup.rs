@@ -8,11 +8,14 @@ use std::os::fd::AsRawFd;
 use io_uring::IoUring;
 
 use super::buffers::Buffers;
+use super::cancels::Cancels;
 use super::scratch::Scratch;
 use super::spin::Spin;
+use super::turn::COMPLETIONS_PER_TURN_MAX;
 use super::{DialOptions, Features, Ring, probe};
 use crate::op::Pool;
 use crate::profile;
+use crate::sys::socket;
 
 /// What a ring is opened with.
 #[derive(Debug)]
@@ -44,6 +47,12 @@ pub enum RingError {
         /// The kernel that has it.
         since: &'static str,
     },
+    /// The completion queue was full and the kernel had no memory to keep what did not fit.
+    #[error(
+        "io_uring lost completions: the kernel ran out of memory for them (give the machine more \
+         memory, or raise ring.completions in the profile)"
+    )]
+    Lost,
     /// `RLIMIT_MEMLOCK` or the memory itself.
     #[error(
         "set up io_uring: out of memory for {what} (raise the cgroup's memory limit or \
@@ -80,6 +89,12 @@ pub enum RingError {
         /// Two a flow.
         needed: u64,
     },
+    /// The descriptor table is larger than the kernel makes them.
+    #[error("a worker can hold at most 524288 flows, not {flows_max}: lower limits.flows_max")]
+    TableMax {
+        /// As asked for.
+        flows_max: u32,
+    },
 }
 
 impl Ring {
@@ -95,6 +110,8 @@ impl Ring {
         }
         // Saves a descriptor look-up a turn; where it is refused nothing is lost but that.
         let _ = io.submitter().register_ring_fd();
+        // Nothing of ours should run on kernel threads; this bounds what does all the same.
+        let _ = io.submitter().register_iowq_max_workers(&mut [1, 1]);
         register_table(&io, setup.flows_max)?;
         let (small, bulk) = register_buffers(&io, setup.buffers)?;
         let mut ring = Ring {
@@ -102,9 +119,14 @@ impl Ring {
             small,
             bulk,
             dial: Box::new(setup.dial),
+            name: Box::new(socket::no_address()),
+            again: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
+            broken: None,
+            cancels: Cancels::new(setup.flows_max),
             enters: 0,
             features: Features::default(),
             flows_max: setup.flows_max,
+            overflows: 0,
             scratch: Scratch::new(),
             spin: Spin::new(setup.ring.spin),
         };
@@ -125,7 +147,7 @@ fn build(profile: &profile::Ring) -> Result<IoUring, RingError> {
             SetupFlags::NoSqarrayLess => builder.setup_defer_taskrun(),
             SetupFlags::Cooperative => builder.setup_coop_taskrun(),
         };
-        match builder.build(profile.entries) {
+        match builder.build(profile.entries.max(ENTRIES_MIN)) {
             Ok(io) => return Ok(io),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
             Err(error) => return Err(refused(error)),
@@ -171,8 +193,9 @@ fn refused(source: io::Error) -> RingError {
 
 /// Two places a flow; the kernel hands out only the lower half.
 fn register_table(io: &IoUring, flows_max: u32) -> Result<(), RingError> {
-    let places = flows_max * 2;
+    let places = flows_max.saturating_mul(2);
     io.submitter().register_files_sparse(places).map_err(|source| match source.raw_os_error() {
+        Some(libc::EMFILE) if places > TABLE_MAX => RingError::TableMax { flows_max },
         Some(libc::EMFILE) => RingError::Table { flows_max, needed: u64::from(places) },
         Some(libc::ENOMEM) => RingError::Memory { what: "the descriptor table" },
         _ => RingError::Step { source, step: "register the descriptor table" },
@@ -212,6 +235,9 @@ fn register_buffers(
     Ok((small.map_err(failed)?, bulk.map_err(failed)?))
 }
 
+/// The longest dial chain must fit.
+const ENTRIES_MIN: u32 = 32;
+
 /// `struct io_uring_file_index_range` (linux/io_uring.h).
 #[repr(C)]
 struct FileIndexRange {
@@ -220,5 +246,7 @@ struct FileIndexRange {
     resv: u64,
 }
 
+/// `IORING_MAX_FIXED_FILES` (io_uring/rsrc.c).
+const TABLE_MAX: u32 = 1 << 20;
 /// `IORING_REGISTER_FILE_ALLOC_RANGE`, since 6.0.
 const REGISTER_FILE_ALLOC_RANGE: libc::c_uint = 25;

@@ -4,7 +4,7 @@
 //! A sleeping vCPU costs tens of microseconds to wake, on both sides. Spinning pays only while
 //! events come closer together than that; so the last waits decide, and a quiet ring sleeps.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Adaptive: spins only while recent waits were short.
 #[derive(Debug)]
@@ -19,10 +19,9 @@ impl Spin {
         Spin { wait: Duration::ZERO, window }
     }
 
-    /// Until when to spin; `None` for not at all.
-    pub(super) fn until(&self, now: Instant) -> Option<Instant> {
-        let pays = !self.window.is_zero() && self.wait <= self.window * WAIT_FACTOR;
-        pays.then(|| now + self.window)
+    /// How long to spin now; `None` for not at all.
+    pub(super) fn window(&self) -> Option<Duration> {
+        (self.is_on() && self.wait <= self.window * WAIT_FACTOR).then_some(self.window)
     }
 
     /// Spinning is on at all.
@@ -48,12 +47,11 @@ mod tests {
     #[test]
     fn spins_while_waits_are_short_and_sleeps_when_they_are_long() {
         let mut spin = Spin::new(Duration::from_micros(20));
-        let now = Instant::now();
-        assert!(spin.until(now).is_some());
+        assert!(spin.window().is_some());
         (0..100).for_each(|_| spin.waited(Duration::from_millis(5)));
-        assert_eq!(spin.until(now), None);
+        assert_eq!(spin.window(), None);
         (0..100).for_each(|_| spin.waited(Duration::from_micros(30)));
-        assert_eq!(spin.until(now), Some(now + Duration::from_micros(20)));
-        assert_eq!(Spin::new(Duration::ZERO).until(now), None);
+        assert_eq!(spin.window(), Some(Duration::from_micros(20)));
+        assert_eq!(Spin::new(Duration::ZERO).window(), None);
     }
 }

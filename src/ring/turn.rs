@@ -6,10 +6,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use io_uring::{cqueue, opcode, types};
+use io_uring::{cqueue, types};
 
 use super::{Ring, RingError};
-use crate::op::{BufferId, Kind, Side, Token};
+use crate::op::{BufferId, Token};
 use crate::sys::socket;
 
 /// One completion, as the kernel gave it.
@@ -64,6 +64,9 @@ impl Ring {
     ///
     /// The ring is broken; nothing can go on.
     pub fn turn(&mut self, patience: Option<Duration>, batch: &mut Batch) -> Result<(), RingError> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
         self.small.publish();
         self.bulk.publish();
         if !self.io.completion().is_empty() {
@@ -78,41 +81,56 @@ impl Ring {
         Ok(())
     }
 
-    /// Submits without waiting, because a queue or an arena is full.
-    pub(super) fn submit(&mut self) {
-        // An error here (EBUSY, EAGAIN: the kernel is short of memory) is met again by the next
-        // turn, which reports it; until then pushing has no room and asserts in tests.
-        let _ = self.enter(0, None);
+    /// Makes room for a chain of `entries`, which must not be torn apart by a submit. Without room
+    /// nothing may be pushed; the next turn then says why.
+    pub(super) fn reserve(&mut self, entries: usize) -> bool {
+        for _ in 0..SUBMIT_TRIES_MAX {
+            if self.has_room(entries) {
+                return true;
+            }
+            if let Err(error) = self.enter(0, None) {
+                self.broken = Some(error);
+                return false;
+            }
+        }
+        let source = io::Error::from_raw_os_error(libc::EAGAIN);
+        self.broken = Some(RingError::Enter { source });
+        false
+    }
+
+    fn has_room(&mut self, entries: usize) -> bool {
+        let queue = self.io.submission();
+        queue.capacity() - queue.len() >= entries && self.scratch.has_room(entries)
     }
 
     fn spin_then_sleep(&mut self, patience: Option<Duration>) -> Result<(), RingError> {
-        self.enter(0, None)?;
-        if !self.io.completion().is_empty() {
+        let Some(window) = self.spin.window() else {
+            let began = Instant::now();
+            self.enter(1, patience)?;
+            self.spin.waited(began.elapsed());
             return Ok(());
-        }
+        };
+        self.enter(0, None)?;
         let began = Instant::now();
-        let mut now = began;
-        if let Some(until) = self.spin.until(began) {
-            while now < until {
-                if self.io.submission().taskrun() {
-                    self.enter(0, None)?;
-                }
-                if !self.io.completion().is_empty() {
-                    self.spin.waited(now - began);
-                    return Ok(());
-                }
-                std::hint::spin_loop();
-                now = Instant::now();
+        let mut spun = Duration::ZERO;
+        while self.io.completion().is_empty() {
+            if spun >= window {
+                self.enter(1, patience)?;
+                break;
             }
+            if self.io.submission().taskrun() {
+                self.enter(0, None)?;
+            }
+            std::hint::spin_loop();
+            spun = began.elapsed();
         }
-        self.enter(1, patience)?;
         self.spin.waited(began.elapsed());
         Ok(())
     }
 
     /// `io_uring_enter`: submits everything, runs what the kernel has deferred to us, and waits
     /// for `want` events or until `patience` is over.
-    fn enter(&mut self, want: u32, patience: Option<Duration>) -> Result<(), RingError> {
+    pub(super) fn enter(&mut self, want: u32, patience: Option<Duration>) -> Result<(), RingError> {
         let pending = u32::try_from(self.io.submission().len()).unwrap_or(u32::MAX);
         let timespec = patience.filter(|_| want > 0).map(|patience| {
             types::Timespec::new().sec(patience.as_secs()).nsec(patience.subsec_nanos())
@@ -151,7 +169,8 @@ impl Ring {
                 Ok(())
             }
             // A signal; or the completion queue must be read first; or memory is short for now.
-            Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::EBADR) => Ok(()),
+            Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+            Some(libc::EBADR) => Err(RingError::Lost),
             _ => Err(RingError::Enter { source: error }),
         }
     }
@@ -159,70 +178,71 @@ impl Ring {
     fn reap(&mut self, batch: &mut Batch) {
         batch.events.clear();
         batch.next = 0;
-        let mut lent = false;
-        {
-            let mut queue = self.io.completion();
-            while batch.events.len() < COMPLETIONS_PER_TURN_MAX {
-                let Some(entry) = queue.next() else { break };
-                let raw = entry.user_data();
-                let event = Event {
-                    buffer: cqueue::buffer_select(entry.flags()).map(BufferId),
-                    more: cqueue::more(entry.flags()),
-                    result: entry.result(),
-                    token: Token::from_raw(raw & !ON_KERNEL_THREAD),
-                };
-                if let Some(buffer) = event.buffer {
-                    if self.small.owns(buffer) { self.small.taken() } else { self.bulk.taken() }
-                } else if event.result == -libc::ENOBUFS {
-                    self.small.ran_dry();
-                    self.bulk.ran_dry();
+        self.overflows += u64::from(self.io.submission().cq_overflow());
+        let mut queue = self.io.completion();
+        while batch.events.len() + self.again.len() < COMPLETIONS_PER_TURN_MAX {
+            let Some(entry) = queue.next() else { break };
+            let mark = entry.user_data() & MARKS;
+            let mut event = Event {
+                buffer: cqueue::buffer_select(entry.flags()).map(BufferId),
+                more: cqueue::more(entry.flags()),
+                result: entry.result(),
+                token: Token::from_raw(entry.user_data() & !MARKS),
+            };
+            if mark == CANCEL {
+                if event.result == -libc::ENOENT && self.cancels.is_open(event.token) {
+                    self.again.push(Again::Cancel(event.token));
                 }
-                lent |= raw & ON_KERNEL_THREAD == 0 && shutdown_side(event.token).is_some();
-                batch.events.push(event);
+                continue;
+            }
+            if mark == DESCRIPTOR {
+                if matches!(-event.result, libc::EMFILE | libc::ENFILE) {
+                    self.again.push(Again::Shutdown(event.token));
+                    continue;
+                }
+                event.result = shut_down(event.result);
+            }
+            if let Some(buffer) = event.buffer {
+                if self.small.owns(buffer) { self.small.taken() } else { self.bulk.taken() }
+            } else if event.result == -libc::ENOBUFS {
+                self.small.ran_dry();
+                self.bulk.ran_dry();
+            }
+            if !event.more {
+                self.cancels.end(event.token);
+            }
+            batch.events.push(event);
+        }
+        drop(queue);
+        self.ask_again();
+    }
+
+    /// Cancels that missed, and FINs for which there was no descriptor to lend.
+    fn ask_again(&mut self) {
+        while let Some(again) = self.again.pop() {
+            match again {
+                Again::Cancel(target) => self.push_cancel(target),
+                Again::Shutdown(token) => self.shut_down_slowly(token),
             }
         }
-        if lent && self.features.descriptor_install {
-            self.shut_down(batch);
-        }
-    }
-
-    /// The kernel has lent descriptors for slots that are to send FIN: send it, give them back.
-    fn shut_down(&mut self, batch: &mut Batch) {
-        let mut index = 0;
-        while let Some(event) = batch.events.get_mut(index) {
-            let lent = shutdown_side(event.token).zip(u32::try_from(event.result).ok());
-            if lent.is_some() {
-                let lent = socket::accepted(event.result);
-                let done = socket::shutdown_write(lent.as_fd());
-                event.result = done.map_or_else(|error| -errno(&error), |()| 0);
-            }
-            index += 1;
-        }
-        while let Some(index) = batch.events.iter().position(has_no_descriptor) {
-            let Event { token, .. } = batch.events.remove(index);
-            let Some(side) = shutdown_side(token) else { return };
-            let fd = self.socket(token.flow(), side);
-            let request = opcode::Shutdown::new(fd, libc::SHUT_WR).build();
-            self.push(request.user_data(token.raw() | ON_KERNEL_THREAD));
-        }
     }
 }
 
-/// There was no descriptor to lend: FIN must take the slow road, whose event comes later.
-fn has_no_descriptor(event: &Event) -> bool {
-    matches!(-event.result, libc::EMFILE | libc::ENFILE) && shutdown_side(event.token).is_some()
+/// What must be asked of the kernel once more.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Again {
+    Cancel(Token),
+    Shutdown(Token),
 }
 
-fn shutdown_side(token: Token) -> Option<Side> {
-    match token.kind() {
-        Some(Kind::ShutdownDownstream) => Some(Side::Downstream),
-        Some(Kind::ShutdownUpstream) => Some(Side::Upstream),
-        _ => None,
+/// Sends FIN through the descriptor that the kernel has lent for the slot, and gives it back.
+fn shut_down(lent: i32) -> i32 {
+    if lent < 0 {
+        return lent;
     }
-}
-
-fn errno(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
+    let lent = socket::accepted(lent);
+    socket::shutdown_write(lent.as_fd())
+        .map_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO), |()| 0)
 }
 
 impl std::fmt::Debug for Ring {
@@ -233,8 +253,13 @@ impl std::fmt::Debug for Ring {
 
 /// Completions handled before timers and mailbox get a turn; bounds their delay to about a
 /// millisecond.
-const COMPLETIONS_PER_TURN_MAX: usize = 256;
-/// Marks the token of a FIN that `IORING_OP_SHUTDOWN` sends; no kind has this bit.
-const ON_KERNEL_THREAD: u64 = 1 << 63;
+pub(super) const COMPLETIONS_PER_TURN_MAX: usize = 256;
+/// Marks the token of a cancel's own request, above the kinds.
+pub(super) const CANCEL: u64 = 1 << 62;
+/// Marks the token of a FIN for which a descriptor was asked.
+pub(super) const DESCRIPTOR: u64 = 1 << 63;
+const MARKS: u64 = CANCEL | DESCRIPTOR;
 /// `IORING_ENTER_GETEVENTS`: also runs what the kernel has deferred to this thread.
 const GETEVENTS: u32 = 1;
+/// How often to try to empty a full submission queue; only a kernel without memory needs a second.
+const SUBMIT_TRIES_MAX: u32 = 1000;

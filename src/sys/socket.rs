@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Sockets: listeners and what is read from and set on accepted ones.
-#![expect(unsafe_code, reason = "adopts descriptors that the ring made")]
+#![expect(unsafe_code, reason = "descriptors and addresses come raw from the kernel")]
 
 use std::io;
 use std::net::SocketAddr;
@@ -8,9 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::addr;
+use crate::profile::{Keepalive, Sockets};
 
 /// How a listener differs from a plain one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -96,6 +97,44 @@ pub fn listen(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, List
     Ok(socket.into())
 }
 
+/// Sets what a profile wants of a flow's downstream sockets on their listener: accepted sockets
+/// inherit all of it (`sk_clone_lock` in net/core/sock.c). `TCP_NODELAY` is a `ListenOptions` too.
+///
+/// # Errors
+///
+/// Names the option, the address and the cure.
+pub fn tune_listener(fd: BorrowedFd<'_>, sockets: &Sockets) -> Result<(), ListenError> {
+    let addr = local_name(fd).unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
+    let failed = |step, cure| move |source| ListenError::Step { addr, cure, source, step };
+    let socket = SockRef::from(&fd);
+    if let Some(name) = &sockets.congestion {
+        let cure = " (net.ipv4.tcp_available_congestion_control lists what there is)";
+        socket.set_tcp_congestion(name.as_bytes()).map_err(failed("set TCP_CONGESTION", cure))?;
+    }
+    if let Some(Keepalive { idle, interval, probes }) = sockets.keepalive {
+        let keepalive =
+            TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+        socket.set_tcp_keepalive(&keepalive).map_err(failed("set SO_KEEPALIVE", ""))?;
+    }
+    if !sockets.user_timeout.is_zero() {
+        let timeout = Some(sockets.user_timeout);
+        socket.set_tcp_user_timeout(timeout).map_err(failed("set TCP_USER_TIMEOUT", ""))?;
+    }
+    if sockets.receive_buffer_bytes > 0 {
+        let bytes = sockets.receive_buffer_bytes as usize;
+        socket.set_recv_buffer_size(bytes).map_err(failed("set SO_RCVBUF", ""))?;
+    }
+    if sockets.send_buffer_bytes > 0 {
+        let bytes = sockets.send_buffer_bytes as usize;
+        socket.set_send_buffer_size(bytes).map_err(failed("set SO_SNDBUF", ""))?;
+    }
+    if !sockets.busy_poll.is_zero() {
+        let micros = u32::try_from(sockets.busy_poll.as_micros()).unwrap_or(u32::MAX);
+        socket.set_busy_poll(micros).map_err(failed("set SO_BUSY_POLL", NEEDS_NET_ADMIN))?;
+    }
+    Ok(())
+}
+
 /// The descriptor that an accept brought.
 #[must_use]
 pub fn accepted(number: i32) -> OwnedFd {
@@ -121,6 +160,26 @@ pub fn peer_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
 /// Not for a TCP socket.
 pub fn local_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     SockRef::from(&fd).local_addr().and_then(ip_address)
+}
+
+/// A raw address as the kernel wrote it, canonical; `None` if it is of no IP family.
+#[must_use]
+pub fn address_of(raw: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    let mut storage = SockAddrStorage::zeroed();
+    let bytes = storage.size_of();
+    // SAFETY: the storage is a `sockaddr_storage` and nothing else.
+    *unsafe { storage.view_as() } = *raw;
+    // SAFETY: `raw` is initialised to its whole length; socket2 looks at the family before it
+    // reads more, and both IP families fit.
+    let address = unsafe { SockAddr::new(storage, bytes) };
+    address.as_socket().map(addr::canonical)
+}
+
+/// Room for an address: family 0, which is none.
+#[must_use]
+pub fn no_address() -> libc::sockaddr_storage {
+    // SAFETY: all-zero is a valid `sockaddr_storage`.
+    unsafe { std::mem::zeroed() }
 }
 
 /// Closing the socket shall send RST and forget unsent bytes (`SO_LINGER` 0, socket(7)).
@@ -175,7 +234,7 @@ fn set_ipv6_transparent(fd: BorrowedFd<'_>) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn ip_address(address: socket2::SockAddr) -> io::Result<SocketAddr> {
+fn ip_address(address: SockAddr) -> io::Result<SocketAddr> {
     let address = address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
     Ok(addr::canonical(address))
 }
