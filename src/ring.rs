@@ -122,8 +122,9 @@ impl Ring {
         self.push_quiet(update);
     }
 
-    /// Receives into buffers of `pool` until `credit_bytes` have come, EOF, error, cancel, or
-    /// `ENOBUFS` for an empty pool. On kernels before 6.17 the credit does not end it: cancel.
+    /// Receives into buffers of `pool` until `credit_bytes` have come (the last buffer may exceed
+    /// them), EOF, error, cancel, or `ENOBUFS` for an empty pool. On kernels before 6.17 the
+    /// credit does not end it: cancel.
     pub fn receive(&mut self, token: Token, side: Side, credit_bytes: u32, pool: Pool) {
         let fd = self.socket(token.flow(), side);
         let mut receive = opcode::RecvMulti::new(fd, pool as u16).build().user_data(token.raw());
@@ -215,19 +216,28 @@ impl Ring {
         self.push(cancel.user_data(target.raw() | CANCEL));
     }
 
-    /// The peer of a socket in its slot. For lists that people ask for: it costs a syscall.
+    /// The peer of a socket in its slot. For lists that people ask for: it costs a syscall or two.
     pub fn peer_name(&mut self, flow: FlowId, side: Side) -> Option<SocketAddr> {
         let fd = self.socket(flow, side);
         self.name.ss_family = 0;
-        let name: *mut libc::sockaddr_storage = &raw mut *self.name;
-        let (level, option) = (libc::SOL_SOCKET.cast_unsigned(), SO_PEERNAME);
+        self.read_name(fd, SOCKADDR_IN_BYTES)?;
+        if i32::from(self.name.ss_family) == libc::AF_INET6 {
+            self.read_name(fd, SOCKADDR_IN6_BYTES)?;
+        }
+        socket::address_of(&self.name)
+    }
+
+    /// Runs within the submit, as every socket command does. The kernel refuses to write less than
+    /// was asked for (`SO_PEERNAME` in net/core/sock.c), hence the length.
+    fn read_name(&mut self, fd: types::Fixed, bytes: u32) -> Option<()> {
+        let into: *mut libc::sockaddr_storage = &raw mut *self.name;
+        let level = libc::SOL_SOCKET.cast_unsigned();
         let mut get =
-            opcode::SetSockOpt::new(fd, level, option, name.cast_const().cast(), NAME_BYTES)
+            opcode::SetSockOpt::new(fd, level, SO_PEERNAME, into.cast_const().cast(), bytes)
                 .build();
         write_field(&mut get, CMD_OP_OFFSET, SOCKET_URING_OP_GETSOCKOPT);
         self.push_quiet(get);
-        self.enter(0, None).ok()?;
-        socket::address_of(&self.name)
+        self.enter(0, None).ok()
     }
 
     /// Makes an event with `token` whenever the eventfd is rung.
@@ -346,8 +356,10 @@ const CMD_OP_OFFSET: usize = 8;
 const SOCKET_URING_OP_GETSOCKOPT: u32 = 2;
 /// asm-generic/socket.h; the same everywhere that this crate's ring runs.
 const SO_PEERNAME: u32 = 28;
-const NAME_BYTES: u32 = 128;
-const _: () = assert!(size_of::<libc::sockaddr_storage>() == NAME_BYTES as usize);
+const SOCKADDR_IN_BYTES: u32 = 16;
+const SOCKADDR_IN6_BYTES: u32 = 28;
+const _: () = assert!(size_of::<libc::sockaddr_in>() == SOCKADDR_IN_BYTES as usize);
+const _: () = assert!(size_of::<libc::sockaddr_in6>() == SOCKADDR_IN6_BYTES as usize);
 /// `POLLIN`, as the request wants it.
 const POLLIN: u32 = 1;
 /// Only failures of a request with this token make an event, and nobody waits for them.

@@ -42,10 +42,10 @@ pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     Ok(Features { bind, descriptor_install, receive_limit })
 }
 
-/// A receive that may bring one byte where two wait: old kernels refuse it (EINVAL).
+/// A receive whose credit its first buffer uses up: old kernels refuse it (EINVAL).
 fn limit_works(ring: &mut Ring, mut theirs: &UnixStream) -> Result<bool, RingError> {
     let step = "write to ourselves for the probe";
-    theirs.write_all(b"ab").map_err(|source| RingError::Step { source, step })?;
+    theirs.write_all(b"x").map_err(|source| RingError::Step { source, step })?;
     ring.features.receive_limit = true;
     ring.receive(token(Kind::ReceiveDownstream), Side::Downstream, 1, Pool::Small);
     let event = await_event(ring, Kind::ReceiveDownstream)?;

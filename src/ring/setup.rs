@@ -33,6 +33,12 @@ pub struct Setup<'a> {
 /// Why there is no ring, or no more.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
+    /// `RLIMIT_NOFILE` leaves no descriptor for the ring itself.
+    #[error(
+        "set up io_uring: no descriptor is left for it (raise RLIMIT_NOFILE with `ulimit -n` or \
+         LimitNOFILE=)"
+    )]
+    Descriptors,
     /// `io_uring_enter` failed for good.
     #[error("enter the io_uring: {source}")]
     Enter {
@@ -130,7 +136,10 @@ impl Ring {
             scratch: Scratch::new(),
             spin: Spin::new(setup.ring.spin),
         };
-        ring.features = probe::probe(&mut ring)?;
+        ring.features = probe::probe(&mut ring).map_err(|error| match error {
+            RingError::Enter { source } => refused(source),
+            other => other,
+        })?;
         Ok(ring)
     }
 }
@@ -171,6 +180,7 @@ fn refused(source: io::Error) -> RingError {
     let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     let cause = match (source.raw_os_error(), sysctl.trim()) {
         (Some(libc::ENOMEM), _) => return RingError::Memory { what: "the queues" },
+        (Some(libc::EMFILE | libc::ENFILE), _) => return RingError::Descriptors,
         (Some(libc::EPERM), "1" | "2") => format!(
             "kernel.io_uring_disabled is {} (`sysctl -w kernel.io_uring_disabled=0` allows it)",
             sysctl.trim()
@@ -198,6 +208,7 @@ fn register_table(io: &IoUring, flows_max: u32) -> Result<(), RingError> {
         Some(libc::EMFILE) if places > TABLE_MAX => RingError::TableMax { flows_max },
         Some(libc::EMFILE) => RingError::Table { flows_max, needed: u64::from(places) },
         Some(libc::ENOMEM) => RingError::Memory { what: "the descriptor table" },
+        Some(libc::EPERM | libc::ENOSYS) => refused(source),
         _ => RingError::Step { source, step: "register the descriptor table" },
     })?;
     let range = FileIndexRange { off: 0, len: flows_max, resv: 0 };
