@@ -62,7 +62,6 @@ const fn is_open(word: u64, bit: u64, target: Token) -> bool {
     word & bit != 0 && generation(word) == target.generation()
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "the high half is what is meant")]
 const fn generation(word: u64) -> u32 {
     (word >> 32) as u32
 }

@@ -19,6 +19,9 @@ use crate::op::{FlowId, Kind, Pool, Side, Token};
 pub struct Features {
     /// A dialled socket can be bound in the ring (6.11).
     pub bind: bool,
+    /// Completions are worked through only when the worker asks (6.1): about a third faster with
+    /// many connections than the cooperative fallback.
+    pub deferred_work: bool,
     /// A slot can lend a descriptor (6.8): FIN without a kernel thread.
     pub descriptor_install: bool,
     /// A multishot receive can be limited (6.17): back-pressure without cancelling.
@@ -39,7 +42,8 @@ pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     let receive_limit = limit_works(ring, &theirs)?;
     let descriptor_install = install_works(ring)?;
     ring.close(SLOT, Side::Downstream, false);
-    Ok(Features { bind, descriptor_install, receive_limit })
+    let deferred_work = ring.features.deferred_work;
+    Ok(Features { bind, deferred_work, descriptor_install, receive_limit })
 }
 
 /// A receive whose credit its first buffer uses up: old kernels refuse it (EINVAL).

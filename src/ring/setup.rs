@@ -110,7 +110,7 @@ impl Ring {
     ///
     /// One clear line for each cause, with its cure.
     pub fn open(setup: Setup<'_>) -> Result<Ring, RingError> {
-        let io = build(setup.ring)?;
+        let (io, deferred_work) = build(setup.ring)?;
         if !io.params().is_feature_submit_stable() || !io.params().is_feature_ext_arg() {
             return Err(RingError::Feature { feature: "stable submission", since: "5.11" });
         }
@@ -130,7 +130,7 @@ impl Ring {
             broken: None,
             cancels: Cancels::new(setup.flows_max),
             enters: 0,
-            features: Features::default(),
+            features: Features { deferred_work, ..Features::default() },
             flows_max: setup.flows_max,
             overflows: 0,
             scratch: Scratch::new(),
@@ -144,20 +144,21 @@ impl Ring {
     }
 }
 
-/// Flags from best to least; a kernel that does not know one answers EINVAL.
-fn build(profile: &profile::Ring) -> Result<IoUring, RingError> {
+/// Flags from best to least; a kernel that does not know one answers EINVAL. Also says whether
+/// work is deferred.
+fn build(profile: &profile::Ring) -> Result<(IoUring, bool), RingError> {
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
-    for flags in [SetupFlags::All, SetupFlags::NoSqarrayLess, SetupFlags::Cooperative] {
+    for flags in [SetupFlags::All, SetupFlags::Deferred, SetupFlags::Cooperative] {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(profile.completions).setup_clamp().setup_submit_all();
         builder.setup_single_issuer().setup_taskrun_flag().dontfork();
         match flags {
             SetupFlags::All => builder.setup_defer_taskrun().setup_no_sqarray(),
-            SetupFlags::NoSqarrayLess => builder.setup_defer_taskrun(),
+            SetupFlags::Deferred => builder.setup_defer_taskrun(),
             SetupFlags::Cooperative => builder.setup_coop_taskrun(),
         };
         match builder.build(profile.entries.max(ENTRIES_MIN)) {
-            Ok(io) => return Ok(io),
+            Ok(io) => return Ok((io, flags != SetupFlags::Cooperative)),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
             Err(error) => return Err(refused(error)),
         }
@@ -165,12 +166,12 @@ fn build(profile: &profile::Ring) -> Result<IoUring, RingError> {
     Err(refused(last))
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum SetupFlags {
     /// Deferred task work and no index array (6.6).
     All,
     /// Deferred task work (6.1).
-    NoSqarrayLess,
+    Deferred,
     /// Cooperative task work (6.0).
     Cooperative,
 }

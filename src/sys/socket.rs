@@ -280,4 +280,60 @@ mod tests {
         assert_eq!(peer_name(accepted.as_fd()).unwrap(), client.local_addr().unwrap());
         assert_eq!(local_name(accepted.as_fd()).unwrap(), client.peer_addr().unwrap());
     }
+
+    #[test]
+    fn accepted_socket_inherits_what_its_listener_was_tuned_to() {
+        let fd = listen("127.0.0.1:0".parse().unwrap(), &OPTIONS).unwrap();
+        let sockets = Sockets {
+            busy_poll: Duration::ZERO,
+            congestion: Some("reno".to_owned()),
+            keepalive: Some(Keepalive {
+                idle: Duration::from_secs(61),
+                interval: Duration::from_secs(7),
+                probes: 3,
+            }),
+            nodelay: true,
+            receive_buffer_bytes: 65536,
+            send_buffer_bytes: 32768,
+            user_timeout: Duration::from_millis(4321),
+        };
+        tune_listener(fd.as_fd(), &sockets).unwrap();
+        let listener = std::net::TcpListener::from(fd);
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let socket = SockRef::from(&accepted);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(61));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(7));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_millis(4321)));
+        assert!(socket.tcp_congestion().unwrap().starts_with(b"reno"));
+        // The kernel doubles what is asked for (socket(7)).
+        assert_eq!(socket.recv_buffer_size().unwrap(), 131_072);
+        assert_eq!(socket.send_buffer_size().unwrap(), 65_536);
+    }
+
+    #[test]
+    fn unknown_congestion_control_names_the_cure() {
+        let fd = listen("127.0.0.1:0".parse().unwrap(), &OPTIONS).unwrap();
+        let congestion = Some("no_such_control".to_owned());
+        let sockets = Sockets {
+            busy_poll: Duration::ZERO,
+            congestion,
+            keepalive: None,
+            nodelay: true,
+            receive_buffer_bytes: 0,
+            send_buffer_bytes: 0,
+            user_timeout: Duration::ZERO,
+        };
+        let error = tune_listener(fd.as_fd(), &sockets).unwrap_err().to_string();
+        let addr = local_name(fd.as_fd()).unwrap();
+        assert_eq!(
+            error,
+            format!(
+                "set TCP_CONGESTION on {addr}: No such file or directory (os error 2) \
+                 (net.ipv4.tcp_available_congestion_control lists what there is)"
+            )
+        );
+    }
 }
