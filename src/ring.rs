@@ -33,8 +33,6 @@ mod probe;
 mod scratch;
 mod setup;
 mod spin;
-#[cfg(test)]
-mod tests;
 mod turn;
 
 /// One io_uring with its descriptor table and buffers. Belongs to the thread that opened it.
