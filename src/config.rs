@@ -14,6 +14,10 @@ use ipnet::IpNet;
 
 use crate::profile::Profile;
 
+mod read;
+#[cfg(test)]
+mod tests;
+
 /// Everything a running weir obeys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -38,8 +42,8 @@ pub struct Config {
 pub struct Admin {
     /// `/metrics`, `/healthz`, `/readyz`, `/flows`, `/config`; off unless asked for.
     pub http: Option<SocketAddr>,
-    /// The Unix socket of the commands.
-    pub socket: PathBuf,
+    /// The Unix socket of the commands; none only for `weir forward`.
+    pub socket: Option<PathBuf>,
 }
 
 /// A plain listener with fixed endpoints.

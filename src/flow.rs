@@ -21,6 +21,12 @@ mod half;
 mod ops;
 mod segments;
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test may panic"
+)]
 mod simulation;
 
 /// A pair of joined sockets.

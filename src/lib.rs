@@ -20,9 +20,14 @@ pub mod flow;
 pub mod op;
 pub mod ring;
 
-pub mod bpf;
 pub mod sys;
 
 pub mod config;
 pub mod metrics;
 pub mod profile;
+pub mod yaml;
+
+#[cfg(feature = "control")]
+pub mod cli;
+#[cfg(feature = "control")]
+pub mod control;

@@ -1,4 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be written.
+//! The `weir` command: reads its arguments, does what they say, picks the exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match weir::cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if let Some(text) = failure.text() {
+                eprintln!("weir: {text}");
+            }
+            ExitCode::from(failure.code())
+        }
+    }
+}

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How fast and how big: the checked profile that the rest of weir reads.
 //!
-//! `profile/raw.rs` holds the YAML as written. A `Profile` in hand is proof that every value is in
+//! `profile/read.rs` turns YAML into it. A `Profile` in hand is proof that every value is in
 //! range and that the relations between values hold.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+
+mod read;
 
 /// Everything that decides speed and size. Made only by parsing.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,4 +137,108 @@ pub struct Timeouts {
     pub half_closed: Duration,
     /// No byte in either direction; zero for never.
     pub idle: Duration,
+}
+
+impl Profile {
+    /// The names of the shipped profiles.
+    #[must_use]
+    pub fn names() -> Vec<&'static str> {
+        SHIPPED.iter().map(|(name, _)| *name).collect()
+    }
+}
+
+/// What a key is worth that nobody sets; the shipped `balanced` says the same and why.
+impl Default for Profile {
+    fn default() -> Profile {
+        Profile {
+            buffers: Buffers {
+                bulk_count: 64,
+                bulk_bytes: 64 << 10,
+                small_count: 2048,
+                small_bytes: 16 << 10,
+            },
+            limits: Limits {
+                backlog: 4096,
+                connects_pending_max: 4096,
+                flows_max: 9_000,
+                flows_per_source_max: 0,
+            },
+            name: "balanced".to_owned(),
+            relay: Relay {
+                bulk_after_bytes: 128 << 10,
+                mode: RelayMode::Auto,
+                segments_max: 64,
+                window_bytes: 256 << 10,
+            },
+            ring: Ring { completions: 8192, entries: 1024, spin: Duration::from_micros(20) },
+            sockets: Sockets {
+                busy_poll: Duration::ZERO,
+                congestion: None,
+                keepalive: Some(Keepalive {
+                    idle: Duration::from_secs(60),
+                    interval: Duration::from_secs(10),
+                    probes: 6,
+                }),
+                nodelay: true,
+                receive_buffer_bytes: 0,
+                send_buffer_bytes: 0,
+                user_timeout: Duration::ZERO,
+            },
+            summary: "for most nodes".to_owned(),
+            sysctls: BTreeMap::new(),
+            timeouts: Timeouts {
+                connect: Duration::from_secs(5),
+                drain: Duration::from_secs(30),
+                half_closed: Duration::from_secs(55),
+                idle: Duration::from_secs(3600),
+            },
+        }
+    }
+}
+
+impl RelayMode {
+    /// The word for each mode.
+    pub const WORDS: [(&'static str, RelayMode); 4] = [
+        ("auto", RelayMode::Auto),
+        ("copy", RelayMode::Copy),
+        ("sockmap", RelayMode::Sockmap),
+        ("splice", RelayMode::Splice),
+    ];
+}
+
+/// The profiles in `tuning/`, as they ship.
+const SHIPPED: [(&str, &str); 4] = [
+    ("balanced", include_str!("../tuning/balanced.yaml")),
+    ("latency", include_str!("../tuning/latency.yaml")),
+    ("many-flows", include_str!("../tuning/many-flows.yaml")),
+    ("throughput", include_str!("../tuning/throughput.yaml")),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shipped_profile_reads_and_balanced_says_the_defaults() {
+        for name in Profile::names() {
+            assert_eq!(Profile::named(name).map(|profile| profile.name), Some(name.to_owned()));
+        }
+        assert_eq!(Profile::named("balanced"), Some(Profile::default()));
+    }
+
+    #[test]
+    fn every_mistake_is_shown_at_its_place() {
+        let text = "ring:\n  entires: 64\n  spin_us: fast\nrelay: { mode: spice }\nlimits: { flows_max: 0 }\n";
+        let mistakes = Profile::parse("p.yaml", "p", text).unwrap_err().to_string();
+        let heads: Vec<&str> = mistakes.lines().filter(|line| line.starts_with("p.yaml")).collect();
+        assert_eq!(
+            heads,
+            [
+                "p.yaml:2:3: ring.entires: unknown key; did you mean `entries`?",
+                "p.yaml:3:12: ring.spin_us: `fast`: must be a number from 0 to 10000",
+                "p.yaml:4:16: relay.mode: `spice`: must be auto, copy, sockmap or splice; did you mean `splice`?",
+                "p.yaml:5:22: limits.flows_max: `0`: must be a number from 1 to 10000000",
+            ]
+        );
+    }
 }

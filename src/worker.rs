@@ -17,7 +17,7 @@ use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crate::capture::{OwnPorts, Records};
+use crate::capture::OwnPorts;
 use crate::config::{Balance, SourceAddress};
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
@@ -35,6 +35,7 @@ mod accept;
 mod mailbox;
 mod slab;
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;
 mod turn;
 mod wheel;
@@ -90,8 +91,6 @@ pub enum Route {
         /// At least one.
         endpoints: Vec<SocketAddr>,
     },
-    /// To what the connect hook recorded.
-    Recorded(Arc<Records>),
     /// To the accepted socket's own address (`getsockname`), as under tproxy.
     Socket {
         /// `InboundTproxy` or `OutboundTproxy`.
@@ -262,7 +261,7 @@ fn report(
 
 impl Worker {
     fn start(
-        setup: Setup,
+        mut setup: Setup,
         mailbox: Arc<Mailbox>,
         counters: Arc<Counters>,
     ) -> Result<Worker, WorkerError> {
@@ -280,16 +279,17 @@ impl Worker {
             ring: &profile.ring,
         })
         .map_err(|source| WorkerError::Ring { index, source })?;
+        let listening = Listening::new(&mut setup);
         Ok(Worker {
             batch: Batch::new(),
             clock: Clock::start(),
             drain_until: None,
-            listening: Listening::new(&setup),
             mailbox,
             ring,
             rules: Rules::new(&profile.relay, profile.buffers.small_bytes),
             segments: Segments::new(profile.buffers.small_count + profile.buffers.bulk_count),
-            slab: Slab::new(flows_max, accept::hands_out_slots(&setup)),
+            slab: Slab::new(flows_max, listening.hands_out_slots()),
+            listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
             ticks: TimerTicks::new(&profile.timeouts),
             wheel: Wheel::new(flows_max),

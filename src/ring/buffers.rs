@@ -117,7 +117,7 @@ impl Buffers {
     fn place(&mut self, id: u16) {
         let address = self.address(BufferId(id)) as u64;
         let index = usize::from(self.tail) & (usize::from(self.count) - 1);
-        let entry = self.base().wrapping_add(index);
+        let entry = self.entry(index);
         // SAFETY: `index` is below `count`, so the entry lies in our mapping; the kernel reads
         // it only once the tail has passed it. Writing address, length and id leaves alone the
         // field of entry 0 that serves as the tail.
@@ -129,13 +129,14 @@ impl Buffers {
     }
 
     #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins at a page")]
-    fn base(&self) -> *mut BufRingEntry {
-        self.entries.as_ptr().cast()
+    fn entry(&self, index: usize) -> *mut BufRingEntry {
+        self.entries.as_ptr().cast::<BufRingEntry>().wrapping_add(index)
     }
 
     fn store_tail(&self) {
-        // SAFETY: the base is the first entry of a registered ring, aligned to a page.
-        let tail = unsafe { BufRingEntry::tail(self.base()) }.cast::<AtomicU16>();
+        let base = self.entry(0);
+        // SAFETY: `base` is the first entry of a registered ring, aligned to a page.
+        let tail = unsafe { BufRingEntry::tail(base) }.cast::<AtomicU16>();
         // SAFETY: the tail is two aligned bytes in our mapping that the kernel only reads.
         // Release: the entries before it must be visible first.
         unsafe { (*tail).store(self.tail, Ordering::Release) };

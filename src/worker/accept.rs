@@ -23,6 +23,7 @@ use crate::sys::socket;
 /// The listeners of one worker, and what decides whether they may accept.
 pub(super) struct Listening {
     connects_pending: u32,
+    into: AcceptInto,
     /// Accepted where no slot was free; served as slots come free.
     parked: VecDeque<(u16, OwnedFd)>,
     retry_at: Option<u32>,
@@ -35,8 +36,11 @@ struct State {
     accept: Accept,
     /// Open flows by endpoint.
     endpoint_flows: Vec<u32>,
+    /// Closed once nothing will be accepted any more.
+    fd: Option<OwnedFd>,
     next_endpoint: usize,
     origin: Origin,
+    route: Route,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -71,22 +75,22 @@ impl Worker {
     /// Arms what should accept, or asks it to stop; at the end of every turn.
     pub(super) fn arm_listeners(&mut self) {
         self.serve_parked();
-        let into = into(&self.setup);
+        let into = self.listening.into;
         let (may, many) = (self.may_accept(), self.has_room_for_queues());
         let room = self.setup.share.flows_max - self.slab.occupied();
         let mut ones = self.listening.ones();
         for index in 0..self.listening.states.len() {
             let Some(state) = self.listening.states.get_mut(index) else { return };
-            let Some(listener) = self.setup.listeners.get(index) else { return };
+            let Some(fd) = state.fd.as_ref().map(AsFd::as_fd) else { continue };
             match (state.accept, may) {
                 (Accept::Idle, true) if many => {
                     state.accept = Accept::Many;
-                    self.ring.accept_many(token(index), listener.fd.as_fd(), into);
+                    self.ring.accept_many(token(index), fd, into);
                 }
                 (Accept::Idle, true) if ones < room => {
                     state.accept = Accept::One;
                     ones += 1;
-                    self.ring.accept_one(token(index), listener.fd.as_fd(), into);
+                    self.ring.accept_one(token(index), fd, into);
                 }
                 (Accept::Many, may) if !may || !many => {
                     state.accept = Accept::Cancelled;
@@ -111,7 +115,7 @@ impl Worker {
                 state.accept = Accept::Cancelled;
                 self.ring.cancel(token(index));
             } else if state.accept == Accept::Idle {
-                state.accept = Accept::Over;
+                state.end();
             }
         }
     }
@@ -120,12 +124,14 @@ impl Worker {
     pub(super) fn accepted(&mut self, index: usize, event: Event) {
         let now = self.clock.now();
         let draining = self.drain_until.is_some();
-        if let Some(state) = self.listening.states.get_mut(index).filter(|_| !event.more) {
-            state.accept = if draining { Accept::Over } else { Accept::Idle };
+        match self.listening.states.get_mut(index).filter(|_| !event.more) {
+            Some(state) if draining => state.end(),
+            Some(state) => state.accept = Accept::Idle,
+            None => {}
         }
         let Ok(listener) = u16::try_from(index) else { return };
         match u32::try_from(event.result) {
-            Ok(slot) if into(&self.setup) == AcceptInto::Slots => {
+            Ok(slot) if self.listening.into == AcceptInto::Slots => {
                 self.serve_slot(FlowId::new(slot), listener);
             }
             Ok(_) => {
@@ -159,7 +165,7 @@ impl Worker {
         let queued = u64::from(self.setup.profile.limits.backlog) * 2 + BATCH_MAX;
         let listeners = self.listening.states.len() as u64;
         let room = u64::from(self.setup.share.flows_max - self.slab.occupied());
-        into(&self.setup) == AcceptInto::Descriptors || room > queued * listeners
+        self.listening.into == AcceptInto::Descriptors || room > queued * listeners
     }
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
@@ -218,17 +224,13 @@ impl Worker {
         fd: &OwnedFd,
     ) -> Result<Destination, Denied> {
         let index = usize::from(listener);
-        let Some(Listener { route, .. }) = self.setup.listeners.get(index) else {
+        let Some(state) = self.listening.states.get(index) else {
             return Err(Denied::UnknownDestination);
         };
-        let (dst, source) = match route {
+        let (dst, source) = match &state.route {
             Route::Endpoints { .. } => {
                 return self.endpoint(listener).ok_or(Denied::UnknownDestination);
             }
-            Route::Recorded(records) => match records.take(downstream) {
-                Some(dst) => (dst, None),
-                None => return Err(Denied::Direct),
-            },
             Route::Socket { source, .. } => {
                 let dst = socket::local_name(fd.as_fd())
                     .map(OriginalDst::new)
@@ -251,11 +253,8 @@ impl Worker {
     /// The next endpoint of a plain listener.
     fn endpoint(&mut self, listener: u16) -> Option<Destination> {
         let index = usize::from(listener);
-        let Route::Endpoints { balance, endpoints } = &self.setup.listeners.get(index)?.route
-        else {
-            return None;
-        };
         let state = self.listening.states.get_mut(index)?;
+        let Route::Endpoints { balance, endpoints } = &state.route else { return None };
         let chosen = match balance {
             Balance::RoundRobin => state.next_endpoint % endpoints.len(),
             Balance::LeastFlows => least(&state.endpoint_flows, state.next_endpoint)?,
@@ -287,18 +286,21 @@ impl Worker {
 }
 
 impl Listening {
-    pub(super) fn new(setup: &Setup) -> Listening {
-        let parked_max = match into(setup) {
+    /// Takes the listeners out of `setup`.
+    pub(super) fn new(setup: &mut Setup) -> Listening {
+        let into = into(setup);
+        let parked_max = match into {
             AcceptInto::Slots => 0,
             // An accept can hand over no more than the ring has room to say.
             AcceptInto::Descriptors => setup.profile.ring.completions as usize * 2,
         };
         Listening {
             connects_pending: 0,
+            into,
             parked: VecDeque::with_capacity(parked_max),
             retry_at: None,
             sources: Sources::new(setup.share.flows_per_source_max, setup.share.flows_max),
-            states: setup.listeners.iter().map(State::new).collect(),
+            states: setup.listeners.drain(..).map(State::new).collect(),
         }
     }
 
@@ -331,6 +333,11 @@ impl Listening {
         self.parked.is_empty() && self.states.iter().all(|state| state.accept == Accept::Over)
     }
 
+    /// Whether this worker hands out slots itself.
+    pub(super) fn hands_out_slots(&self) -> bool {
+        self.into == AcceptInto::Descriptors
+    }
+
     fn is_armed(&self) -> bool {
         self.states.iter().all(|state| matches!(state.accept, Accept::Many | Accept::One))
     }
@@ -350,13 +357,26 @@ impl Listening {
 }
 
 impl State {
-    fn new(listener: &Listener) -> State {
-        let (origin, endpoints) = match &listener.route {
+    fn new(listener: Listener) -> State {
+        let Listener { fd, route, .. } = listener;
+        let (origin, endpoints) = match &route {
             Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
-            Route::Recorded(_) => (Origin::OutboundConnect, 0),
             Route::Socket { origin, .. } => (*origin, 0),
         };
-        State { accept: Accept::Idle, endpoint_flows: vec![0; endpoints], next_endpoint: 0, origin }
+        State {
+            accept: Accept::Idle,
+            endpoint_flows: vec![0; endpoints],
+            fd: Some(fd),
+            next_endpoint: 0,
+            origin,
+            route,
+        }
+    }
+
+    /// Closing the socket makes the kernel refuse whoever comes later.
+    fn end(&mut self) {
+        self.accept = Accept::Over;
+        self.fd = None;
     }
 }
 
@@ -395,11 +415,6 @@ fn into(setup: &Setup) -> AcceptInto {
     } else {
         AcceptInto::Descriptors
     }
-}
-
-/// Whether this worker hands out slots itself.
-pub(super) fn hands_out_slots(setup: &Setup) -> bool {
-    into(setup) == AcceptInto::Descriptors
 }
 
 /// The index of the smallest count; among equals the first from `start` on.

@@ -150,15 +150,15 @@ fn payload(seed: u64, words: u64) -> Vec<u8> {
 #[test]
 fn every_byte_comes_back_and_fin_ends_the_flow() {
     let forwarder = Forwarder::start(vec![server(echo)], |_, _| {});
-    let clients: Vec<_> = (0..8)
+    let clients: Vec<_> = (0..8u8)
         .map(|seed| {
             let mut stream = forwarder.connect();
             thread::spawn(move || {
-                let sent = payload(seed, 500_000);
+                let sent = payload(u64::from(seed), 500_000);
                 let mut writer = stream.try_clone().unwrap();
                 let bytes = sent.clone();
                 let writing = thread::spawn(move || {
-                    for chunk in bytes.chunks(7777 + seed as usize * 1001) {
+                    for chunk in bytes.chunks(7777 + usize::from(seed) * 1001) {
                         writer.write_all(chunk).unwrap();
                     }
                     writer.shutdown(Shutdown::Write).unwrap();
@@ -227,7 +227,6 @@ fn refused_upstream_resets_the_downstream_and_is_counted() {
 
 #[test]
 fn stopped_reader_stops_the_writer_and_loses_nothing() {
-    let (go, gate) = std::sync::mpsc::channel::<()>();
     let gate = Arc::new(crossbeam_queue::ArrayQueue::new(1));
     let held = Arc::clone(&gate);
     let upstream = server(move |mut stream| {
@@ -237,7 +236,6 @@ fn stopped_reader_stops_the_writer_and_loses_nothing() {
         stream.write_all(&(received.len() as u64).to_le_bytes()).unwrap();
         assert!(received == payload(3, received.len() as u64 / 8));
     });
-    drop(go);
     let forwarder = Forwarder::start(vec![upstream], |_, _| {});
     let mut client = forwarder.connect();
     client.set_write_timeout(Some(Duration::from_millis(300))).unwrap();

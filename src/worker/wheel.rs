@@ -173,8 +173,12 @@ const NONE: u32 = u32::MAX;
 const UNSET: u32 = u32::MAX - 1;
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    /// One turn of the wheel, in ticks.
+    const TURN: u32 = 1024;
 
     fn drain(wheel: &mut Wheel, now: u32) -> Vec<u32> {
         let mut slots: Vec<u32> = std::iter::from_fn(|| wheel.expired(now)).collect();
@@ -187,13 +191,13 @@ mod tests {
         let mut wheel = Wheel::new(8);
         wheel.set(3, 10);
         wheel.set(4, 10);
-        wheel.set(5, 10 + BUCKETS as u32);
+        wheel.set(5, 10 + TURN);
         wheel.clear(4);
         assert_eq!(wheel.next(0), Some(10));
-        assert_eq!(drain(&mut wheel, 9), []);
+        assert_eq!(drain(&mut wheel, 9), Vec::<u32>::new());
         assert_eq!(drain(&mut wheel, 10), [3]);
-        assert_eq!(drain(&mut wheel, 9 + BUCKETS as u32), []);
-        assert_eq!(drain(&mut wheel, 10 + BUCKETS as u32), [5]);
+        assert_eq!(drain(&mut wheel, 9 + TURN), Vec::<u32>::new());
+        assert_eq!(drain(&mut wheel, 10 + TURN), [5]);
         assert_eq!(wheel.next(2000), None);
     }
 

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The verbs. Data goes to stdout, talk to stderr; a reader that goes away is no failure.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::control::RunError;
+use crate::profile::RelayMode;
+
+mod ask;
+mod forward;
+mod pages;
+mod run;
+
+/// The forwarding dataplane of a service mesh node.
+#[derive(Debug, Parser)]
+#[command(name = "weir", version, arg_required_else_help = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Print the completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Check, show or describe a config file
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+    /// Let a running weir finish its flows and end
+    Drain(Ask),
+    /// List the flows of a running weir
+    Flows(AskFor),
+    /// Forward TCP connections, without a config file and without privilege
+    Forward(Forward),
+    /// Write the manual pages into a directory
+    Man {
+        /// Where; made if it is not there
+        directory: PathBuf,
+    },
+    /// Run with a config file
+    Run {
+        /// The config file
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Ask a running weir how it is
+    Status {
+        #[command(flatten)]
+        ask: AskFor,
+        /// Wait up to so many seconds until every worker accepts and capture is in place
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigVerb {
+    /// Say whether the file is right, and every mistake if it is not
+    Check {
+        /// The config file
+        file: PathBuf,
+    },
+}
+
+/// Which weir to ask.
+#[derive(Debug, clap::Args)]
+struct Ask {
+    /// The admin socket of the weir to ask
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
+
+/// Which weir to ask, and how to show the answer.
+#[derive(Debug, clap::Args)]
+struct AskFor {
+    #[command(flatten)]
+    ask: Ask,
+    /// How to show it
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum Output {
+    /// For programs
+    Json,
+    /// For people
+    Table,
+}
+
+#[derive(Debug, clap::Args)]
+struct Forward {
+    /// Where to listen
+    #[arg(long, value_name = "ADDR")]
+    listen: SocketAddr,
+    /// Where to forward to; several are taken in turn
+    #[arg(long, value_name = "ADDR", required = true)]
+    to: Vec<SocketAddr>,
+    /// How many workers; one on each CPU if not said
+    #[arg(long)]
+    workers: Option<NonZeroU16>,
+    /// A shipped profile, or a path ending in .yaml
+    #[arg(long, default_value = "balanced")]
+    profile: String,
+    /// How bytes move; the profile's word if not said
+    #[arg(long, value_parser = relay_mode)]
+    relay: Option<RelayMode>,
+    /// The admin socket; none if not said
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Serve metrics, health and flows over HTTP
+    #[arg(long, value_name = "ADDR")]
+    http: Option<SocketAddr>,
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+pub enum Failure {
+    /// It ran and failed.
+    Failed(String),
+    /// A signal ended it.
+    Interrupted,
+    /// It cannot work here; nothing was changed.
+    Preflight(String),
+    /// What was asked makes no sense.
+    Usage(String),
+}
+
+impl Failure {
+    /// The exit code.
+    #[must_use]
+    pub const fn code(&self) -> u8 {
+        match self {
+            Failure::Failed(_) => 1,
+            Failure::Usage(_) => 2,
+            Failure::Preflight(_) => 4,
+            Failure::Interrupted => 130,
+        }
+    }
+
+    /// What to say about it.
+    #[must_use]
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Failure::Failed(text) | Failure::Preflight(text) | Failure::Usage(text) => Some(text),
+            Failure::Interrupted => None,
+        }
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Failure {
+        match error {
+            RunError::Interrupted => Failure::Interrupted,
+            error if error.is_preflight() => Failure::Preflight(error.to_string()),
+            error => Failure::Failed(error.to_string()),
+        }
+    }
+}
+
+/// Reads the arguments of this process and does what they say.
+///
+/// # Errors
+///
+/// Why it could not; clap ends the process itself on unknown arguments (exit code 2).
+pub fn run() -> Result<(), Failure> {
+    match Arguments::parse().verb {
+        Verb::Completions { shell } => pages::completions(shell),
+        Verb::Config { verb: ConfigVerb::Check { file } } => run::check(&file),
+        Verb::Drain(ask) => ask::drain(&ask.socket),
+        Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),
+        Verb::Forward(arguments) => forward::run(arguments),
+        Verb::Man { directory } => pages::man(&directory),
+        Verb::Run { config } => run::run(&config),
+        Verb::Status { ask, wait } => ask::status(&ask.ask.socket, ask.output, wait),
+    }
+}
+
+/// Writes to stdout. A reader that has gone away (`weir man | head`) wants no more: that is fine.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::Failed(format!("write to stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn relay_mode(word: &str) -> Result<RelayMode, String> {
+    let known = RelayMode::WORDS;
+    let found = known.iter().find(|(name, _)| *name == word);
+    let names = known.map(|(name, _)| name);
+    found.map(|(_, mode)| *mode).ok_or_else(|| format!("known: {}", names.join(", ")))
+}
+
+fn command() -> clap::Command {
+    Arguments::command()
+}
+
+/// Where commands look for a running weir.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/weir/admin.sock";

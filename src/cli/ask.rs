@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The commands that talk to a running weir: `status`, `flows`, `drain`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::{Failure, Output, print};
+use crate::control::client::{Answer, ask};
+use crate::control::view::{FlowView, Status};
+
+pub(super) fn status(socket: &Path, output: Output, wait: Option<u64>) -> Result<(), Failure> {
+    let until = wait.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    loop {
+        let answer = ask(socket, "GET", "/status");
+        let status = answer.and_then(|answer| answer.json::<Status>());
+        let late = until.is_none_or(|until| Instant::now() >= until);
+        match status {
+            Ok(status) if status.ready => return show_status(&status, output),
+            Ok(status) if late => {
+                show_status(&status, output)?;
+                return Err(Failure::Failed("weir runs but is not ready".to_owned()));
+            }
+            Err(error) if late => return Err(Failure::Failed(error.to_string())),
+            _ => std::thread::sleep(ASK_AGAIN),
+        }
+    }
+}
+
+pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
+    let answer = ask(socket, "GET", "/flows").map_err(failed)?;
+    if output == Output::Json {
+        return print(&format!("{}\n", answer.text()));
+    }
+    let flows: Vec<FlowView> = answer.json().map_err(failed)?;
+    let mut table = format!(
+        "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>8}\n",
+        "DIRECTION",
+        "CAPTURE",
+        "DOWNSTREAM",
+        "ORIGINAL DST",
+        "UPSTREAM",
+        "TO UPSTREAM",
+        "TO DOWN",
+        "AGE"
+    );
+    for flow in &flows {
+        let address = |address: &Option<String>| address.clone().unwrap_or_else(|| "-".to_owned());
+        let _ = writeln!(
+            table,
+            "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>7}s",
+            flow.direction,
+            flow.capture,
+            address(&flow.downstream),
+            address(&flow.original_dst),
+            flow.upstream,
+            flow.bytes.to_upstream,
+            flow.bytes.to_downstream,
+            flow.age_ms / 1000,
+        );
+    }
+    print(&table)
+}
+
+pub(super) fn drain(socket: &Path) -> Result<(), Failure> {
+    ask(socket, "POST", "/drain").and_then(Answer::done).map_err(failed)?;
+    print("draining\n")
+}
+
+fn show_status(status: &Status, output: Output) -> Result<(), Failure> {
+    if output == Output::Json {
+        let json = serde_json::to_string(status).map_err(|error| failed(error.into()))?;
+        return print(&format!("{json}\n"));
+    }
+    let Status { accepting, flows, pid, profile, ready, version, workers, .. } = status;
+    let state = if *ready { "ready" } else { "not ready" };
+    print(&format!(
+        "{state}: weir {version}, pid {pid}, profile {profile}\n\
+         workers  {accepting} of {workers} accept\n\
+         flows    {flows} open\n"
+    ))
+}
+
+fn failed(error: crate::control::client::AskError) -> Failure {
+    Failure::Failed(error.to_string())
+}
+
+/// How often `status --wait` looks.
+const ASK_AGAIN: Duration = Duration::from_millis(20);

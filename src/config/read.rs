@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A config from YAML: every key looked at, every mistake noted.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use super::{Admin, Balance, Config, Forward, OnExit, Workers};
+use crate::profile::Profile;
+use crate::yaml::{self, Kind, Mistakes, Node, Place, Section, nearest, parsed};
+
+impl Config {
+    /// A config file by its path.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or every mistake in it.
+    pub fn load(path: &Path) -> Result<Config, Mistakes> {
+        let file = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse(&file, path.parent(), &text),
+            Err(error) => {
+                let mut mistakes = Mistakes::none(&file, "");
+                mistakes.add(START, "", error.to_string());
+                Err(mistakes)
+            }
+        }
+    }
+
+    /// A config text. `file` is how messages call it; a profile given as a path is looked for
+    /// from `directory` on.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in the text.
+    pub fn parse(file: &str, directory: Option<&Path>, text: &str) -> Result<Config, Mistakes> {
+        let mut mistakes = Mistakes::none(file, text);
+        let root = match yaml::parse(text) {
+            Ok(root) => root,
+            Err(mistake) => {
+                mistakes.push(mistake);
+                return mistakes.or(None);
+            }
+        };
+        let mut section = Section::open(Some(root), "", &mut mistakes);
+        let config = read(&mut section, directory, &mut mistakes);
+        section.finish(&mut mistakes);
+        mistakes.or(Some(config))
+    }
+}
+
+fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Config {
+    let config = Config {
+        profile: profile(section, directory, mistakes),
+        workers: workers(section, mistakes),
+        on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
+        forward: forwards(section, mistakes),
+        inbound: None,
+        outbound: None,
+        admin: admin(section.section("admin", mistakes), mistakes),
+    };
+    for key in ["inbound", "outbound", "takeover"] {
+        if let Some(node) = section.take(key) {
+            mistakes.add(node.place, key, "is not in this version");
+        }
+    }
+    if config.forward.is_empty() && mistakes.is_empty() {
+        mistakes.add(section.place(), "", "asks for nothing: give it a `forward:` list");
+    }
+    config
+}
+
+fn profile(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Profile {
+    let Some(node) = section.take("profile") else { return Profile::default() };
+    let name = node.text().unwrap_or_default();
+    if Path::new(name).extension().is_some_and(|end| end == "yaml") {
+        let path = directory.unwrap_or(Path::new("")).join(name);
+        return Profile::load(&path).unwrap_or_else(|inner| {
+            mistakes.add(node.place, "profile", format!("this profile has mistakes:\n{inner}"));
+            Profile::default()
+        });
+    }
+    Profile::named(name).unwrap_or_else(|| {
+        let names = Profile::names();
+        let hint = nearest(name, &names).unwrap_or_default();
+        let known = names.join(", ");
+        let text = format!("`{name}`: must be {known} or a path ending in .yaml{hint}");
+        mistakes.add(node.place, "profile", text);
+        Profile::default()
+    })
+}
+
+fn workers(section: &mut Section, mistakes: &mut Mistakes) -> Workers {
+    let Some(node) = section.take("workers") else { return Workers::Auto };
+    match &node.kind {
+        Kind::Scalar(word) if word == "auto" => Workers::Auto,
+        Kind::List(items) => {
+            let cpu = |item: &Node| {
+                parsed::<u16>(item, "workers", "a CPU number", mistakes).map(usize::from)
+            };
+            let cpus: Vec<usize> = items.iter().filter_map(cpu).collect();
+            if cpus.iter().collect::<BTreeSet<_>>().len() != items.len() {
+                mistakes.add(node.place, "workers", "must be a list of different CPUs");
+            }
+            Workers::Cpus(cpus)
+        }
+        _ => {
+            let count =
+                parsed(&node, "workers", "auto, a number above 0, or a list of CPUs", mistakes);
+            count.map_or(Workers::Auto, Workers::Count)
+        }
+    }
+}
+
+fn forwards(section: &mut Section, mistakes: &mut Mistakes) -> Vec<Forward> {
+    let items = section.list("forward").unwrap_or_default();
+    let mut forwards: Vec<Forward> = Vec::with_capacity(items.len());
+    for (index, item) in items.into_iter().enumerate() {
+        let place = item.place;
+        let path = format!("forward[{index}]");
+        let Some(forward) = forward(item, &path, index, mistakes) else { continue };
+        for other in &forwards {
+            if other.name == forward.name {
+                mistakes.add(place, &path, format!("the name {} is taken", forward.name));
+            }
+            if overlap(other.listen, forward.listen) {
+                let text = format!("listens where {} does ({})", other.name, other.listen);
+                mistakes.add(place, &path, text);
+            }
+        }
+        forwards.push(forward);
+    }
+    forwards
+}
+
+fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Option<Forward> {
+    let mut section = Section::open(Some(item), path, mistakes);
+    let name = section.parsed("name", "a word", mistakes);
+    let listen = section.parsed::<SocketAddr>("listen", ADDRESS, mistakes);
+    let balance = section.word("balance", &BALANCE, mistakes).unwrap_or(Balance::RoundRobin);
+    let endpoints = section.list("endpoints").unwrap_or_default();
+    let endpoints: Vec<SocketAddr> = endpoints
+        .iter()
+        .filter_map(|node| parsed(node, &section.path("endpoints"), ADDRESS, mistakes))
+        .collect();
+    if endpoints.is_empty() {
+        mistakes.add(section.place(), &section.path("endpoints"), "must name at least one address");
+    }
+    if listen.is_none() && mistakes.is_empty() {
+        mistakes.add(
+            section.place(),
+            &section.path("listen"),
+            format!("is missing: must be {ADDRESS}"),
+        );
+    }
+    section.finish(mistakes);
+    let name = name.unwrap_or_else(|| format!("forward-{index}"));
+    Some(Forward { balance, endpoints, listen: listen?, name })
+}
+
+fn admin(mut section: Section, mistakes: &mut Mistakes) -> Admin {
+    let socket = section.parsed::<PathBuf>("socket", "a path", mistakes);
+    let http = section.parsed("http", ADDRESS, mistakes);
+    section.finish(mistakes);
+    Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }
+}
+
+/// Both cannot be bound: `[::]` takes IPv4 too.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let covers = |wide: SocketAddr, narrow: SocketAddr| {
+        wide.ip().is_unspecified() && (wide.is_ipv6() || narrow.is_ipv4())
+    };
+    one.port() == other.port()
+        && one.port() != 0
+        && (one.ip() == other.ip() || covers(one, other) || covers(other, one))
+}
+
+const START: Place = Place { column: 1, line: 1 };
+const ADDRESS: &str = "an address with port (`127.0.0.1:80` or `[::1]:80`)";
+const BALANCE: [(&str, Balance); 2] =
+    [("least_flows", Balance::LeastFlows), ("round_robin", Balance::RoundRobin)];
+const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];
+/// Where commands look too.
+const SOCKET: &str = "/run/weir/admin.sock";

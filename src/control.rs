@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The control thread: starts everything, answers questions, and ends everything in order.
+//!
+//! It runs beside the workers and never makes one wait: it reads their counters and drops letters
+//! into their mailboxes. Order of start: listeners, workers, admin, then ready; the end is the
+//! reverse.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::config::Config;
+use crate::profile::Profile;
+use crate::sys::socket::ListenError;
+use crate::worker::{Handle, WorkerError};
+
+mod admin;
+pub mod client;
+mod exposition;
+mod start;
+pub mod view;
+
+/// Why weir did not start or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The admin listener.
+    #[error("admin listener {place}: {source}{cure}")]
+    Admin {
+        /// What to do about it.
+        cure: &'static str,
+        /// Socket path or address.
+        place: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// More descriptors are needed than there can be.
+    #[error(
+        "limits.flows_max {flows_max} on {workers} workers needs RLIMIT_NOFILE of at least \
+         {needed}, and it is {limit} (raise it with `ulimit -n` or LimitNOFILE=, or lower \
+         limits.flows_max in the profile)"
+    )]
+    Descriptors {
+        /// In the profile.
+        flows_max: u32,
+        /// Of this process.
+        limit: u64,
+        /// Two for each flow of one worker.
+        needed: u64,
+        /// How many.
+        workers: usize,
+    },
+    /// SIGINT.
+    #[error("interrupted")]
+    Interrupted,
+    /// A listener.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Something asked for is not in this version.
+    #[error("{0}")]
+    NotYet(String),
+    /// The control thread's own runtime.
+    #[error("start the control thread: {0}")]
+    Runtime(io::Error),
+    /// A worker failed while it ran.
+    #[error("a worker stopped: {0}")]
+    Stopped(WorkerError),
+    /// A worker could not be started.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+}
+
+impl RunError {
+    /// It could not start, and nothing was changed.
+    #[must_use]
+    pub const fn is_preflight(&self) -> bool {
+        !matches!(self, RunError::Interrupted | RunError::Stopped(_))
+    }
+}
+
+/// A running weir, as the admin listener sees it.
+#[derive(Debug)]
+struct Running {
+    draining: AtomicBool,
+    profile: Arc<Profile>,
+    workers: Vec<Handle>,
+}
+
+/// Runs until drained by a signal or by command.
+///
+/// # Errors
+///
+/// It cannot start (nothing was changed), or a worker failed.
+pub fn run(config: Config) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Runtime)?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<(), RunError> {
+    // First of all: a signal that comes while starting shall not kill half a weir.
+    let mut signals = Signals::listen().map_err(RunError::Runtime)?;
+    let running = Arc::new(start::start(&config)?);
+    admin::serve(&config.admin, &running)?;
+    tracing::info!(
+        workers = running.workers.len(),
+        profile = %running.profile.name,
+        "weir forwards"
+    );
+    // systemd may not be there; then there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let interrupted = running.until_over(&mut signals).await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    admin::remove(&config.admin);
+    finish(running, interrupted)
+}
+
+/// Waits for the workers' threads, unless somebody is in a hurry.
+fn finish(running: Arc<Running>, interrupted: bool) -> Result<(), RunError> {
+    if interrupted {
+        return Err(RunError::Interrupted);
+    }
+    let Some(running) = Arc::into_inner(running) else { return Ok(()) };
+    running.workers.into_iter().try_for_each(Handle::join).map_err(RunError::Stopped)
+}
+
+impl Running {
+    /// True if a second signal cut the drain short with SIGINT.
+    async fn until_over(&self, signals: &mut Signals) -> bool {
+        let mut tick = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                asked = signals.next() => match asked {
+                    Asked::Reload => tracing::warn!("SIGHUP: this version cannot reload; the config stays"),
+                    Asked::Stop { by_user } if self.is_draining() => {
+                        self.drain(Duration::ZERO);
+                        if by_user {
+                            return true;
+                        }
+                    }
+                    Asked::Stop { .. } => self.drain(self.profile.timeouts.drain),
+                },
+                _ = tick.tick() => {
+                    if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
+                        self.drain(Duration::ZERO); // One worker has failed: end the others.
+                    }
+                    if self.workers.iter().all(Handle::is_finished) {
+                        return false;
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    fn drain(&self, within: Duration) {
+        tracing::info!(within_ms = within.as_millis(), "drain");
+        self.draining.store(true, Ordering::Release);
+        self.workers.iter().for_each(|worker| worker.drain(within));
+    }
+
+    fn accepting(&self) -> usize {
+        self.workers.iter().filter(|worker| worker.is_accepting()).count()
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.is_draining() && self.accepting() == self.workers.len()
+    }
+}
+
+enum Asked {
+    Reload,
+    Stop { by_user: bool },
+}
+
+struct Signals {
+    hangup: Signal,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Signals> {
+        Ok(Signals {
+            hangup: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.hangup.recv() => Asked::Reload,
+            _ = self.interrupt.recv() => Asked::Stop { by_user: true },
+            _ = self.terminate.recv() => Asked::Stop { by_user: false },
+        }
+    }
+}
+
+/// How often the control thread looks whether the workers still run.
+const LOOK_EVERY: Duration = Duration::from_millis(20);

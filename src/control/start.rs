@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From a config to running workers. Everything that can be refused is refused before anything
+//! is changed.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use super::{RunError, Running};
+use crate::capture::OwnPorts;
+use crate::config::{Config, Workers};
+use crate::profile::{Limits, Profile, RelayMode};
+use crate::sys::process;
+use crate::sys::socket::{ListenError, ListenOptions, listen};
+use crate::worker::{self, Listener, Route, Setup, Share};
+
+/// Opens listeners and starts workers.
+pub(super) fn start(config: &Config) -> Result<Running, RunError> {
+    refuse_what_is_missing(config)?;
+    let cpus = cpus(&config.workers)?;
+    let share = share(&config.profile.limits, cpus.len());
+    refuse_too_many_descriptors(config, share, cpus.len())?;
+    let mut sockets = open_listeners(config, cpus.len())?;
+    let profile = Arc::new(config.profile.clone());
+    let own_ports = Arc::new(OwnPorts::default());
+    let mut workers = Vec::with_capacity(cpus.len());
+    for (index, cpu) in (0u16..).zip(&cpus) {
+        let setup = Setup {
+            cpu: *cpu,
+            index,
+            listeners: sockets.pop().unwrap_or_default(),
+            mark: None,
+            own_ports: Arc::clone(&own_ports),
+            profile: Arc::clone(&profile),
+            share,
+        };
+        workers.push(worker::spawn(setup)?);
+    }
+    Ok(Running { draining: AtomicBool::new(false), profile, workers })
+}
+
+fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
+    let missing = if config.inbound.is_some() || config.outbound.is_some() {
+        "capture is not in this version (`forward:` is)"
+    } else if config.profile.relay.mode == RelayMode::Splice {
+        "relay splice is not in this version: use copy or auto"
+    } else if config.profile.relay.mode == RelayMode::Sockmap {
+        "relay sockmap is not in this version: use copy or auto"
+    } else {
+        return Ok(());
+    };
+    Err(RunError::NotYet(missing.to_owned()))
+}
+
+/// One entry a worker: its CPU, if it has one of its own.
+fn cpus(workers: &Workers) -> Result<Vec<Option<usize>>, RunError> {
+    let allowed = process::allowed_cpus().map_err(RunError::Runtime)?;
+    Ok(match workers {
+        Workers::Auto => allowed.into_iter().map(Some).collect(),
+        Workers::Count(count) => {
+            let on = |index: u16| allowed.get(usize::from(index)).copied();
+            (0..count.get()).map(on).collect()
+        }
+        Workers::Cpus(cpus) => cpus.iter().copied().map(Some).collect(),
+    })
+}
+
+/// An equal part for each worker, rounded up.
+fn share(limits: &Limits, workers: usize) -> Share {
+    let workers = u32::try_from(workers).unwrap_or(u32::MAX).max(1);
+    Share {
+        connects_pending_max: limits.connects_pending_max.div_ceil(workers),
+        flows_max: limits.flows_max.div_ceil(workers),
+        flows_per_source_max: limits.flows_per_source_max.div_ceil(workers),
+    }
+}
+
+/// Each worker's table may be as large as the process's limit (io_uring/rsrc.c checks each
+/// registration alone against RLIMIT_NOFILE).
+fn refuse_too_many_descriptors(
+    config: &Config,
+    share: Share,
+    workers: usize,
+) -> Result<(), RunError> {
+    let limit = process::raise_descriptor_limit().map_err(RunError::Runtime)?;
+    let needed = u64::from(share.flows_max) * 2;
+    if needed <= limit {
+        return Ok(());
+    }
+    let flows_max = config.profile.limits.flows_max;
+    Err(RunError::Descriptors { flows_max, limit, needed, workers })
+}
+
+/// For each worker its own socket of every listener.
+fn open_listeners(config: &Config, workers: usize) -> Result<Vec<Vec<Listener>>, RunError> {
+    let Profile { limits, sockets, .. } = &config.profile;
+    let options = ListenOptions {
+        backlog: limits.backlog,
+        nodelay: sockets.nodelay,
+        shared: workers > 1,
+        ..ListenOptions::default()
+    };
+    let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
+    for forward in &config.forward {
+        for worker in &mut all {
+            let fd = listen_patiently(forward.listen, &options)?;
+            let endpoints = forward.endpoints.clone();
+            let route = Route::Endpoints { balance: forward.balance, endpoints };
+            worker.push(Listener { fd, name: forward.name.as_str().into(), route });
+        }
+    }
+    Ok(all)
+}
+
+/// A weir that was killed a moment ago may still hold the port: its ring is torn down behind it.
+fn listen_patiently(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, ListenError> {
+    let began = Instant::now();
+    loop {
+        match listen(addr, options) {
+            Err(ListenError::InUse { .. }) if began.elapsed() < PORT_WITHIN => {
+                std::thread::sleep(PORT_RETRY);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// A killed ring gives its ports back within 20 ms, with thousands of connections.
+const PORT_WITHIN: Duration = Duration::from_secs(1);
+const PORT_RETRY: Duration = Duration::from_millis(10);

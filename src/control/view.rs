@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the admin listener says, as JSON: stable names, for programs.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::worker::FlowRow;
+
+/// The answer to `/status`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Status {
+    /// Workers with every accept armed.
+    pub accepting: usize,
+    /// Stopped accepting; flows are ending.
+    pub draining: bool,
+    /// Open flows.
+    pub flows: u64,
+    /// Of the running weir.
+    pub pid: u32,
+    /// In force.
+    pub profile: String,
+    /// Every worker accepts and capture is in place.
+    pub ready: bool,
+    /// Of the running weir.
+    pub version: String,
+    /// How many there are.
+    pub workers: usize,
+}
+
+/// A flow, as `/flows` lists it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct FlowView {
+    /// Since accept.
+    pub age_ms: u128,
+    /// Handed to the sockets since accept.
+    pub bytes: Bytes,
+    /// How it came: `tproxy`, `redirect`, `connect` or `none`.
+    pub capture: String,
+    /// `inbound`, `outbound` or `forward`.
+    pub direction: String,
+    /// The peer that dialled; absent where it is not known.
+    pub downstream: Option<String>,
+    /// Unique while the process lives.
+    pub id: u64,
+    /// Since a byte last moved.
+    pub idle_ms: u128,
+    /// Where the application meant to go; absent for a plain listener.
+    pub original_dst: Option<String>,
+    /// The path of each direction.
+    pub relay: Relays,
+    /// What was dialled.
+    pub upstream: String,
+}
+
+/// Bytes of each direction.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Bytes {
+    /// Handed to the downstream socket.
+    pub to_downstream: u64,
+    /// Handed to the upstream socket.
+    pub to_upstream: u64,
+}
+
+/// The relay of each direction.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Relays {
+    /// How bytes reach the downstream.
+    pub to_downstream: String,
+    /// How bytes reach the upstream.
+    pub to_upstream: String,
+}
+
+impl From<FlowRow> for FlowView {
+    fn from(row: FlowRow) -> FlowView {
+        let text = |addr: SocketAddr| addr.to_string();
+        FlowView {
+            age_ms: row.age.as_millis(),
+            bytes: Bytes {
+                to_downstream: row.bytes_to_downstream,
+                to_upstream: row.bytes_to_upstream,
+            },
+            capture: row.origin.capture().to_owned(),
+            direction: row.origin.direction().to_owned(),
+            downstream: row.downstream.map(text),
+            id: row.id,
+            idle_ms: row.idle.as_millis(),
+            original_dst: row.original_dst.map(text),
+            relay: Relays { to_downstream: "copy".to_owned(), to_upstream: "copy".to_owned() },
+            upstream: text(row.upstream),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//! YAML as a tree that knows where everything stands, so that every mistake in a file can be
+//! shown at once, at its place.
+//!
+//! Plain data: no anchors, aliases or tags, one document, strings as written. A scalar gets its
+//! type from whoever asks for it, so `off` is a word wherever a word is wanted.
+
+use granit_parser::{Event, Parser, ScalarStyle, Span};
+
+pub use mistakes::{Mistake, Mistakes};
+pub use section::Section;
+pub(crate) use section::{nearest, parsed};
+
+mod mistakes;
+mod section;
+
+/// A node and where it begins.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Node {
+    /// What it is.
+    pub kind: Kind,
+    /// Where it begins.
+    pub place: Place,
+}
+
+/// What a node is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// Items in order.
+    List(Vec<Node>),
+    /// Keys in order, each with its own place.
+    Map(Vec<(String, Place, Node)>),
+    /// Nothing was written, or `null`, or `~`.
+    Null,
+    /// A scalar, as written, without its quotes.
+    Scalar(String),
+}
+
+/// Line and column, both from 1.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Place {
+    /// From 1, in characters.
+    pub column: usize,
+    /// From 1.
+    pub line: usize,
+}
+
+/// Reads one document; a syntax error is the only mistake this finds.
+///
+/// # Errors
+///
+/// The first thing that is no YAML, or is YAML that weir does not take.
+pub fn parse(text: &str) -> Result<Node, Mistake> {
+    let mut builder = Builder { open: Vec::new(), nodes: 0, root: None };
+    for next in Parser::new_from_str(text) {
+        let (event, span) = next.map_err(|error| {
+            let place = place(error.marker().line(), error.marker().col());
+            Mistake::new(place, "", format!("not YAML: {}", error.info()))
+        })?;
+        builder.take(event, span)?;
+    }
+    Ok(builder.root.unwrap_or(Node { kind: Kind::Null, place: Place { column: 1, line: 1 } }))
+}
+
+struct Builder {
+    nodes: usize,
+    open: Vec<Open>,
+    root: Option<Node>,
+}
+
+/// A collection that is being read.
+enum Open {
+    List(Place, Vec<Node>),
+    Map(Place, Vec<(String, Place, Node)>, Option<(String, Place)>),
+}
+
+impl Builder {
+    fn take(&mut self, event: Event<'_>, span: Span) -> Result<(), Mistake> {
+        let place = place(span.start.line(), span.start.col());
+        self.nodes += 1;
+        if self.nodes > NODES_MAX || self.open.len() > DEPTH_MAX {
+            return Err(Mistake::new(place, "", "too much for a config file".to_owned()));
+        }
+        match event {
+            Event::Alias(_) | Event::UnresolvedAlias(_) => {
+                Err(Mistake::new(place, "", "aliases are not taken here".to_owned()))
+            }
+            Event::DocumentStart(..) if self.root.is_some() => {
+                Err(Mistake::new(place, "", "only one document is taken here".to_owned()))
+            }
+            Event::SequenceStart(..) => {
+                self.open.push(Open::List(place, Vec::new()));
+                Ok(())
+            }
+            Event::MappingStart(..) => {
+                self.open.push(Open::Map(place, Vec::new(), None));
+                Ok(())
+            }
+            Event::SequenceEnd | Event::MappingEnd => self.close(),
+            Event::Scalar(text, style, ..) => self.add(Node { kind: scalar(&text, style), place }),
+            _ => Ok(()),
+        }
+    }
+
+    fn close(&mut self) -> Result<(), Mistake> {
+        match self.open.pop() {
+            Some(Open::List(place, items)) => self.add(Node { kind: Kind::List(items), place }),
+            Some(Open::Map(place, entries, _)) => {
+                self.add(Node { kind: Kind::Map(entries), place })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn add(&mut self, node: Node) -> Result<(), Mistake> {
+        match self.open.last_mut() {
+            None => self.root = Some(node),
+            Some(Open::List(_, items)) => items.push(node),
+            Some(Open::Map(_, entries, key @ None)) => match node.kind {
+                Kind::Scalar(text) if entries.iter().any(|(other, ..)| *other == text) => {
+                    return Err(Mistake::new(node.place, &text, "is there twice".to_owned()));
+                }
+                Kind::Scalar(text) => *key = Some((text, node.place)),
+                _ => {
+                    return Err(Mistake::new(node.place, "", "a key must be a word".to_owned()));
+                }
+            },
+            Some(Open::Map(_, entries, key)) => {
+                let (name, place) = key.take().unwrap_or_default();
+                entries.push((name, place, node));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// YAML 1.2's core schema knows these four ways to write nothing; quotes make it a word.
+fn scalar(text: &str, style: ScalarStyle) -> Kind {
+    let is_plain = matches!(style, ScalarStyle::Plain);
+    if is_plain && matches!(text, "" | "~" | "null" | "Null" | "NULL") {
+        Kind::Null
+    } else {
+        Kind::Scalar(text.to_owned())
+    }
+}
+
+const fn place(line: usize, column_from_0: usize) -> Place {
+    Place { column: column_from_0 + 1, line }
+}
+
+/// Events of one file; a config has a few hundred.
+const NODES_MAX: usize = 20_000;
+/// Nesting; a config needs five.
+const DEPTH_MAX: usize = 32;

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The commands as a user meets them: what they print, where, and how they end.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+fn weir() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_weir"))
+}
+
+fn output(arguments: &[&str]) -> Output {
+    weir().args(arguments).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A running `weir forward` with an admin socket; ended when dropped, by its own pid.
+struct Running {
+    child: Child,
+    listen: SocketAddr,
+    place: TempDir,
+}
+
+impl Running {
+    fn start(to: SocketAddr) -> Running {
+        let place = TempDir::new().unwrap();
+        // Found free a moment ago; nobody else on this host is likely to take it in between.
+        let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let child = weir()
+            .args(["forward", "--workers", "1", "--listen", &listen.to_string()])
+            .args(["--to", &to.to_string(), "--socket"])
+            .arg(place.path().join("admin.sock"))
+            .spawn()
+            .unwrap();
+        let running = Running { child, listen, place };
+        assert!(running.ask(&["status", "--wait", "20"]).status.success());
+        running
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let socket = self.place.path().join("admin.sock");
+        weir().args(arguments).arg("--socket").arg(socket).output().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn unknown_words_are_usage_errors_with_a_hint() {
+    let relay = ["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2", "--relay", "spice"];
+    assert_eq!(output(&relay).status.code(), Some(2));
+    let profile =
+        ["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2", "--profile", "fast"];
+    let output = output(&profile);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("known: balanced, latency, many-flows, throughput"));
+}
+
+#[test]
+fn relay_that_is_not_there_is_refused_before_anything_happens() {
+    let arguments =
+        ["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2", "--relay", "splice"];
+    let output = output(&arguments);
+    assert_eq!(output.status.code(), Some(4));
+    assert_eq!(stderr(&output), "weir: relay splice is not in this version: use copy or auto\n");
+}
+
+#[test]
+fn config_check_shows_every_mistake_and_takes_a_right_file() {
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("weir.yaml");
+    fs::write(&file, "forwrd: []\nworkers: none\n").unwrap();
+    let wrong = weir().args(["config", "check"]).arg(&file).output().unwrap();
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("weir.yaml:1:1: forwrd: unknown key; did you mean `forward`?"));
+    assert!(stderr(&wrong).contains("weir.yaml:2:10: workers: `none`: must be auto"));
+    fs::write(&file, "forward: [{ listen: \"127.0.0.1:1\", endpoints: [\"127.0.0.1:2\"] }]\n")
+        .unwrap();
+    let right = weir().args(["config", "check"]).arg(&file).output().unwrap();
+    assert_eq!((right.status.code(), stderr(&right).as_str()), (Some(0), ""));
+    let missing = output(&["run", "-c", "nowhere.yaml"]);
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(stderr(&missing).starts_with("weir: nowhere.yaml:1:1: No such file"));
+}
+
+#[test]
+fn port_in_use_is_named_and_exits_with_4() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = taken.local_addr().unwrap().to_string();
+    let output = output(&["forward", "--workers", "1", "--listen", &addr, "--to", "127.0.0.1:2"]);
+    assert_eq!(output.status.code(), Some(4));
+    let text =
+        format!("weir: listen on {addr}: the address is in use (`ss -ltnp` shows by whom)\n");
+    assert_eq!(stderr(&output), text);
+}
+
+#[test]
+fn nobody_to_ask_is_said_plainly() {
+    let output = output(&["status", "--socket", "/nowhere/admin.sock"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).starts_with("weir: no weir answers at /nowhere/admin.sock: "));
+}
+
+#[test]
+fn reader_that_goes_away_is_no_failure() {
+    let mut child = weir()
+        .args(["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn flows_are_listed_and_drain_waits_for_them() {
+    let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut running = Running::start(upstream.local_addr().unwrap());
+    let mut client = TcpStream::connect(running.listen).unwrap();
+    client.write_all(b"hello").unwrap();
+    let (mut served, _) = upstream.accept().unwrap();
+    served.read_exact(&mut [0; 5]).unwrap();
+    let flows = running.ask(&["flows", "-o", "json"]);
+    let flows: serde_json::Value = serde_json::from_slice(&flows.stdout).unwrap();
+    assert_eq!(flows.as_array().map(Vec::len), Some(1));
+    assert_eq!(flows[0]["direction"], "forward");
+    assert_eq!(flows[0]["upstream"], upstream.local_addr().unwrap().to_string());
+    assert!(running.ask(&["drain"]).status.success());
+    // Refused from now on, while the open flow goes on.
+    let began = Instant::now();
+    while TcpStream::connect(running.listen).is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(20), "drain stops accepting");
+    }
+    served.write_all(b"world").unwrap();
+    client.read_exact(&mut [0; 5]).unwrap();
+    assert!(running.child.try_wait().unwrap().is_none());
+    drop((client, served));
+    assert_eq!(running.child.wait().unwrap().code(), Some(0));
+    assert!(!running.place.path().join("admin.sock").exists());
+}

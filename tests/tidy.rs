@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The rules of the house that a machine can hold.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Every `.rs` file below `src` and `tests`, with its text.
+fn sources() -> Vec<(PathBuf, String)> {
+    let mut files = Vec::new();
+    let mut open = vec![root().join("src"), root().join("tests")];
+    while let Some(directory) = open.pop() {
+        for entry in fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                files.push((path.strip_prefix(root()).unwrap().to_owned(), text));
+            }
+        }
+    }
+    assert!(files.len() > 20, "the sources were found");
+    files
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What is wrong with the shape of a file.
+fn shape(text: &str) -> Option<&'static str> {
+    let mut lines = text.lines();
+    if lines.next() != Some("// SPDX-License-Identifier: Apache-2.0") {
+        return Some("the first line must be the SPDX line");
+    }
+    if !lines.next().is_some_and(|line| line.starts_with("//! ")) {
+        return Some("the second line must say what the file is");
+    }
+    (text.lines().count() > 600).then_some("is longer than 600 lines")
+}
+
+/// The modules that `module` uses although it may not.
+fn forbidden(module: &str, text: &str) -> Vec<String> {
+    let Some((_, allowed)) = LAYERS.iter().find(|(name, _)| *name == module) else {
+        return vec![format!("{module} is in no layer")];
+    };
+    text.lines()
+        .filter_map(|line| line.trim_start().split_once("crate::").map(|(_, rest)| rest))
+        .flat_map(|rest| match rest.strip_prefix('{') {
+            Some(list) => list.split([',', '}']).map(first_word).collect::<Vec<_>>(),
+            None => vec![first_word(rest)],
+        })
+        .filter(|used| !used.is_empty() && used != module && !allowed.contains(&used.as_str()))
+        .collect()
+}
+
+fn first_word(text: &str) -> String {
+    text.trim().chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect()
+}
+
+#[test]
+fn every_file_begins_with_what_it_is_and_stays_short() {
+    for (path, text) in sources() {
+        assert_eq!(shape(&text), None, "{}", path.display());
+    }
+    assert!(shape("//! No licence.\n").is_some());
+    assert!(shape("// SPDX-License-Identifier: Apache-2.0\nuse std::io;\n").is_some());
+}
+
+#[test]
+fn modules_use_only_the_layers_below() {
+    for (path, text) in sources() {
+        let Ok(inner) = path.strip_prefix("src") else { continue };
+        let first = inner.iter().next().unwrap().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        if matches!(module, "main" | "lib") {
+            continue;
+        }
+        assert_eq!(forbidden(module, &text), Vec::<String>::new(), "{}", path.display());
+    }
+    assert_eq!(forbidden("ring", "use crate::flow::Flow;"), ["flow"]);
+    assert_eq!(forbidden("flow", "use crate::{op, sys};"), ["sys"]);
+}
+
+#[test]
+fn unsafe_code_stays_where_it_belongs() {
+    let word = concat!("unsafe", " {");
+    for (path, text) in sources() {
+        let allowed = ["src/ring", "src/sys", "src/bpf"];
+        let is_allowed = allowed.iter().any(|place| path.to_str().unwrap().starts_with(place));
+        assert!(is_allowed || !text.contains(word), "{}", path.display());
+    }
+}
+
+#[test]
+fn every_key_of_every_profile_is_explained() {
+    let readme = fs::read_to_string(root().join("tuning/README.md")).unwrap();
+    let explained: BTreeSet<&str> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(key, _)| key))
+        .collect();
+    for entry in fs::read_dir(root().join("tuning")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|end| end != "yaml") {
+            continue;
+        }
+        let mut section = String::new();
+        for line in fs::read_to_string(&path).unwrap().lines() {
+            let Some((key, value)) = line.split_once(':') else { continue };
+            if key.trim_start().starts_with('#') {
+                continue;
+            }
+            if !key.starts_with(' ') && value.trim().is_empty() {
+                section = format!("{key}.");
+                continue;
+            }
+            let prefix = if key.starts_with(' ') { section.as_str() } else { "" };
+            let key = format!("{prefix}{}", key.trim());
+            let known =
+                explained.iter().any(|name| *name == key || name.starts_with(&format!("{key}.")));
+            assert!(known, "{key} of {} is not in tuning/README.md", path.display());
+        }
+    }
+}
+
+#[test]
+fn links_of_the_docs_lead_somewhere() {
+    let mut files: Vec<PathBuf> = vec![root().join("README.md"), root().join("CONTRIBUTING.md")];
+    files.extend(fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()));
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let is_local = !link.contains("://") && !link.starts_with('#');
+            let target = file.parent().unwrap().join(link.split('#').next().unwrap());
+            assert!(!is_local || target.exists(), "{} links to {link}", file.display());
+        }
+    }
+}
+
+/// Who may use whom; leaves are allowed to everybody above them.
+const LAYERS: [(&str, &[&str]); 15] = [
+    ("addr", &[]),
+    ("bpf", &["sys", "addr"]),
+    ("capture", &["bpf", "sys", "addr"]),
+    ("cli", &["control", "config", "profile", "yaml"]),
+    ("config", &["profile", "yaml", "addr"]),
+    ("control", &["worker", "capture", "config", "profile", "sys", "metrics", "op", "ring"]),
+    ("flow", &["op", "profile"]),
+    ("metrics", &["op"]),
+    ("op", &[]),
+    ("profile", &["yaml"]),
+    ("ring", &["op", "sys", "profile"]),
+    ("service", &["addr"]),
+    ("sys", &["addr"]),
+    ("worker", &["flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys"]),
+    ("yaml", &[]),
+];
