@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -272,13 +272,12 @@ impl Worker {
         process::block_signals().map_err(|source| WorkerError::Thread { index, source })?;
         let profile = Arc::clone(&setup.profile);
         let flows_max = setup.share.flows_max;
-        let ring = Ring::open(ring::Setup {
-            buffers: &profile.buffers,
-            dial: DialOptions::new(&profile.sockets, setup.mark),
-            flows_max,
-            ring: &profile.ring,
-        })
-        .map_err(|source| WorkerError::Ring { index, source })?;
+        let dial = DialOptions::new(&profile.sockets, setup.mark);
+        let (buffers, ring) = (&profile.buffers, &profile.ring);
+        let tuned = setup.listeners.iter().try_for_each(|listener| dial.tune(listener.fd.as_fd()));
+        let ring = tuned
+            .and_then(|()| Ring::open(ring::Setup { buffers, dial, flows_max, ring }))
+            .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
         Ok(Worker {
             batch: Batch::new(),

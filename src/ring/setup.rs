@@ -68,6 +68,14 @@ pub enum RingError {
         /// What did not fit.
         what: &'static str,
     },
+    /// A socket option of the profile that this kernel or these rights do not allow.
+    #[error("set {option}: {source} (see `sockets` in the profile)")]
+    Option {
+        /// As the manuals call it.
+        option: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel, a seccomp filter or a sysctl forbids io_uring.
     #[error("io_uring is refused here: {source}; {cause}")]
     Refused {

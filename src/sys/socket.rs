@@ -4,14 +4,13 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, Type};
 
 use crate::addr;
-use crate::profile::{Keepalive, Sockets};
 
 /// How a listener differs from a plain one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -97,42 +96,18 @@ pub fn listen(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, List
     Ok(socket.into())
 }
 
-/// Sets what a profile wants of a flow's downstream sockets on their listener: accepted sockets
-/// inherit all of it (`sk_clone_lock` in net/core/sock.c). `TCP_NODELAY` is a `ListenOptions` too.
+/// Sets one option, whose value the kernel copies (setsockopt(2)).
 ///
 /// # Errors
 ///
-/// Names the option, the address and the cure.
-pub fn tune_listener(fd: BorrowedFd<'_>, sockets: &Sockets) -> Result<(), ListenError> {
-    let addr = local_name(fd).unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
-    let failed = |step, cure| move |source| ListenError::Step { addr, cure, source, step };
-    let socket = SockRef::from(&fd);
-    if let Some(name) = &sockets.congestion {
-        let cure = " (net.ipv4.tcp_available_congestion_control lists what there is)";
-        socket.set_tcp_congestion(name.as_bytes()).map_err(failed("set TCP_CONGESTION", cure))?;
-    }
-    if let Some(Keepalive { idle, interval, probes }) = sockets.keepalive {
-        let keepalive =
-            TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
-        socket.set_tcp_keepalive(&keepalive).map_err(failed("set SO_KEEPALIVE", ""))?;
-    }
-    if !sockets.user_timeout.is_zero() {
-        let timeout = Some(sockets.user_timeout);
-        socket.set_tcp_user_timeout(timeout).map_err(failed("set TCP_USER_TIMEOUT", ""))?;
-    }
-    if sockets.receive_buffer_bytes > 0 {
-        let bytes = sockets.receive_buffer_bytes as usize;
-        socket.set_recv_buffer_size(bytes).map_err(failed("set SO_RCVBUF", ""))?;
-    }
-    if sockets.send_buffer_bytes > 0 {
-        let bytes = sockets.send_buffer_bytes as usize;
-        socket.set_send_buffer_size(bytes).map_err(failed("set SO_SNDBUF", ""))?;
-    }
-    if !sockets.busy_poll.is_zero() {
-        let micros = u32::try_from(sockets.busy_poll.as_micros()).unwrap_or(u32::MAX);
-        socket.set_busy_poll(micros).map_err(failed("set SO_BUSY_POLL", NEEDS_NET_ADMIN))?;
-    }
-    Ok(())
+/// As the option's manual says.
+pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let bytes = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: `fd` is borrowed, so open for the call; the kernel reads `bytes` bytes of `value`
+    // and keeps no pointer.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), bytes) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The descriptor that an accept brought.
@@ -211,27 +186,10 @@ pub fn bell() -> io::Result<OwnedFd> {
 
 fn set_transparent(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     if addr.is_ipv6() {
-        set_ipv6_transparent(socket.as_fd())
+        set_option(socket.as_fd(), libc::SOL_IPV6, libc::IPV6_TRANSPARENT, &1_i32.to_ne_bytes())
     } else {
         socket.set_ip_transparent_v4(true)
     }
-}
-
-fn set_ipv6_transparent(fd: BorrowedFd<'_>) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let on: libc::c_int = 1;
-    // SAFETY: `fd` is borrowed, so open for the call; the kernel copies four bytes from `on` and
-    // keeps no pointer.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_IPV6,
-            libc::IPV6_TRANSPARENT,
-            (&raw const on).cast(),
-            4,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn ip_address(address: SockAddr) -> io::Result<SocketAddr> {
@@ -279,61 +237,5 @@ mod tests {
         let (accepted, _) = listener.accept().unwrap();
         assert_eq!(peer_name(accepted.as_fd()).unwrap(), client.local_addr().unwrap());
         assert_eq!(local_name(accepted.as_fd()).unwrap(), client.peer_addr().unwrap());
-    }
-
-    #[test]
-    fn accepted_socket_inherits_what_its_listener_was_tuned_to() {
-        let fd = listen("127.0.0.1:0".parse().unwrap(), &OPTIONS).unwrap();
-        let sockets = Sockets {
-            busy_poll: Duration::ZERO,
-            congestion: Some("reno".to_owned()),
-            keepalive: Some(Keepalive {
-                idle: Duration::from_secs(61),
-                interval: Duration::from_secs(7),
-                probes: 3,
-            }),
-            nodelay: true,
-            receive_buffer_bytes: 65536,
-            send_buffer_bytes: 32768,
-            user_timeout: Duration::from_millis(4321),
-        };
-        tune_listener(fd.as_fd(), &sockets).unwrap();
-        let listener = std::net::TcpListener::from(fd);
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        let socket = SockRef::from(&accepted);
-        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
-        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(61));
-        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(7));
-        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
-        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_millis(4321)));
-        assert!(socket.tcp_congestion().unwrap().starts_with(b"reno"));
-        // The kernel doubles what is asked for (socket(7)).
-        assert_eq!(socket.recv_buffer_size().unwrap(), 131_072);
-        assert_eq!(socket.send_buffer_size().unwrap(), 65_536);
-    }
-
-    #[test]
-    fn unknown_congestion_control_names_the_cure() {
-        let fd = listen("127.0.0.1:0".parse().unwrap(), &OPTIONS).unwrap();
-        let congestion = Some("no_such_control".to_owned());
-        let sockets = Sockets {
-            busy_poll: Duration::ZERO,
-            congestion,
-            keepalive: None,
-            nodelay: true,
-            receive_buffer_bytes: 0,
-            send_buffer_bytes: 0,
-            user_timeout: Duration::ZERO,
-        };
-        let error = tune_listener(fd.as_fd(), &sockets).unwrap_err().to_string();
-        let addr = local_name(fd.as_fd()).unwrap();
-        assert_eq!(
-            error,
-            format!(
-                "set TCP_CONGESTION on {addr}: No such file or directory (os error 2) \
-                 (net.ipv4.tcp_available_congestion_control lists what there is)"
-            )
-        );
     }
 }
