@@ -480,6 +480,20 @@ fn cancelled_receive_ends_once() {
 }
 
 #[test]
+fn cancel_of_what_ended_in_the_same_turn_is_not_repeated() {
+    let mut bench = Bench::open();
+    for generation in 0..3 {
+        let receive = token(Kind::ReceiveDownstream, 0, generation);
+        drop(bench.joined(0));
+        bench.ring.receive(receive, Side::Downstream, 100, Pool::Small);
+        assert_eq!(result_of(bench.next(Kind::ReceiveDownstream)), (receive, 0, false));
+        bench.ring.cancel(receive);
+        bench.assert_silent();
+        assert!(bench.ring.io.submission().is_empty(), "still asking");
+    }
+}
+
+#[test]
 fn mailbox_rings_as_often_as_it_is_rung() {
     let mut bench = Bench::open();
     let bell = socket::bell().unwrap();

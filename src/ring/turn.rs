@@ -58,7 +58,8 @@ impl Iterator for Batch {
 
 impl Ring {
     /// Submits what was pushed, waits for an event or until `patience` is over, and fills `batch`
-    /// with at most `COMPLETIONS_PER_TURN_MAX` events.
+    /// with at most `COMPLETIONS_PER_TURN_MAX` events. Always the same batch: what the last turn
+    /// brought in it is closed with this one.
     ///
     /// # Errors
     ///
@@ -176,7 +177,10 @@ impl Ring {
     }
 
     fn reap(&mut self, batch: &mut Batch) {
-        batch.events.clear();
+        // Only now: whoever read the last batch may have cancelled what ended in it.
+        for event in batch.events.drain(..).filter(|event| !event.more) {
+            self.cancels.end(event.token);
+        }
         batch.next = 0;
         self.overflows += u64::from(self.io.submission().cq_overflow());
         let mut queue = self.io.completion();
@@ -207,9 +211,6 @@ impl Ring {
             } else if event.result == -libc::ENOBUFS {
                 self.small.ran_dry();
                 self.bulk.ran_dry();
-            }
-            if !event.more {
-                self.cancels.end(event.token);
             }
             batch.events.push(event);
         }
