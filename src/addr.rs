@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 
 macro_rules! address {
     ($(#[$text:meta])* $name:ident) => {
@@ -57,6 +58,22 @@ pub fn canonical(addr: SocketAddr) -> SocketAddr {
     }
 }
 
+/// The same ports, sorted and disjoint.
+#[must_use]
+pub fn join_ports(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
+    ranges.sort_unstable_by_key(|range| *range.start());
+    let mut joined: Vec<RangeInclusive<u16>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if *range.start() <= last.end().saturating_add(1) => {
+                *last = *last.start()..=*range.end().max(last.end());
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,5 +82,11 @@ mod tests {
     fn v4_mapped_becomes_v4() {
         let mapped: SocketAddr = "[::ffff:10.1.2.3]:80".parse().unwrap();
         assert_eq!(OriginalDst::new(mapped).addr(), "10.1.2.3:80".parse().unwrap());
+    }
+
+    #[test]
+    fn ports_are_sorted_and_joined() {
+        assert_eq!(join_ports(vec![80..=80, 1..=5, 6..=9, 8..=8]), [1..=9, 80..=80]);
+        assert_eq!(join_ports(vec![1..=65_535, 22..=22]), [1..=65_535]);
     }
 }

@@ -1,60 +1,170 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What captured traffic may never reach: ourselves.
+//! How traffic gets here without the application's knowledge: install, watch, undo.
+//!
+//! `Plan` says what to take; `install` does it as the last step of a start, and dropping the
+//! `Capture` undoes it in reverse. Whatever changes traffic hangs on a descriptor of this process
+//! (an owned nft table, links of BPF programs), so the kernel undoes it too when we are killed.
+//! Changes nothing outside the network namespace it is called in, and no sysctl.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
-use crate::addr::canonical;
+pub use own_ports::OwnPorts;
+pub use source_ports::{PortCounts, SourcePorts};
 
-/// The ports weir listens on, and the addresses of this host: together, what would loop.
-#[derive(Debug, Default)]
-pub struct OwnPorts {
-    addresses: Vec<IpAddr>,
-    ports: Vec<u16>,
+mod nft;
+mod own_ports;
+mod route;
+mod source_ports;
+
+/// What to take.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Plan {
+    /// Traffic to the workload.
+    pub inbound: Option<Inbound>,
+    /// The port on 127.0.0.1 and ::1 that captured connects go to.
+    pub outbound_port: Option<u16>,
+    /// Ports of ours: never taken.
+    pub own_ports: Vec<u16>,
 }
 
-impl OwnPorts {
-    /// `ports` on any of `addresses`, on loopback, and on the unspecified address (which the
-    /// kernel takes for loopback when it is dialled).
-    #[must_use]
-    pub fn new(mut ports: Vec<u16>, addresses: Vec<IpAddr>) -> OwnPorts {
-        ports.sort_unstable();
-        let addresses = addresses.into_iter().map(|ip| ip.to_canonical()).collect();
-        OwnPorts { addresses, ports }
-    }
-
-    /// Whether dialling `dst` would reach ourselves. Port 0 reaches nobody and is forbidden too.
-    #[must_use]
-    pub fn forbids(&self, dst: SocketAddr) -> bool {
-        let dst = canonical(dst);
-        let ip = dst.ip();
-        let is_local = ip.is_loopback() || ip.is_unspecified() || self.addresses.contains(&ip);
-        dst.port() == 0 || (is_local && self.ports.binary_search(&dst.port()).is_ok())
-    }
+/// Traffic to the workload, taken by nft TPROXY.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Inbound {
+    /// Left alone; wins over `include`.
+    pub exclude: Vec<RangeInclusive<u16>>,
+    /// Taken.
+    pub include: Vec<RangeInclusive<u16>>,
+    /// The workload sees the client's address, so its replies must be led back to us.
+    pub keep_source: bool,
+    /// Where a transparent listener waits.
+    pub listen: SocketAddr,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Traffic is being taken. Dropping it lets traffic go its own way again.
+#[derive(Debug)]
+pub struct Capture {
+    routes: Option<route::Routes>,
+    table: Option<nft::Table>,
+}
 
-    #[test]
-    fn own_ports_are_forbidden_on_every_form_of_a_local_address() {
-        let own = OwnPorts::new(vec![15006, 15001], vec!["10.0.0.2".parse().unwrap()]);
-        let local = [
-            "127.0.0.1",
-            "127.9.9.9",
-            "0.0.0.0",
-            "10.0.0.2",
-            "[::1]",
-            "[::]",
-            "[::ffff:10.0.0.2]",
-            "[::ffff:127.0.0.1]",
-        ];
-        for ip in local {
-            for port in [15001, 15006, 0] {
-                assert!(own.forbids(format!("{ip}:{port}").parse().unwrap()), "{ip}:{port}");
+/// Why traffic cannot be taken here. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// A program that we need is not there.
+    #[error("run {program}: {source} (Debian: `apt-get install {package}`)")]
+    Missing {
+        /// Where it comes from.
+        package: &'static str,
+        /// As called.
+        program: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The reply path of kept client addresses.
+    #[error(
+        "inbound.source keep needs net.ipv4.tcp_fwmark_accept=1 in this network namespace: the \
+         workload's replies are led back by the mark that its sockets inherit (`sysctl -w \
+         net.ipv4.tcp_fwmark_accept=1`, or `source: own`)"
+    )]
+    NoMarkAccept,
+    /// A step was refused.
+    #[error("{step}: {said}{cure}")]
+    Refused {
+        /// What to do about it.
+        cure: &'static str,
+        /// In the words of who refused.
+        said: String,
+        /// What was tried.
+        step: String,
+    },
+    /// Somebody else's routes are where ours would go.
+    #[error(
+        "route table {table} holds routes that are not weir's: `{route}` (move them to another \
+         table; `source: own` needs none)"
+    )]
+    TableTaken {
+        /// The first of them.
+        route: String,
+        /// Its number.
+        table: u32,
+    },
+}
+
+impl Plan {
+    /// Says why it cannot work here, trying what can be tried without a change.
+    ///
+    /// # Errors
+    ///
+    /// The first reason, with its cure.
+    pub fn preflight(&self) -> Result<(), CaptureError> {
+        let accepts_marks = accepts_marks();
+        if let Some(inbound) = self.inbound.as_ref().filter(|inbound| inbound.keep_source) {
+            if !accepts_marks {
+                return Err(CaptureError::NoMarkAccept);
             }
-            assert!(!own.forbids(format!("{ip}:80").parse().unwrap()), "{ip}:80");
+            let _ = inbound;
+            route::preflight()?;
         }
-        assert!(!own.forbids("10.0.0.3:15006".parse().unwrap()));
+        nft::check(&nft::text(self, accepts_marks))
+    }
+
+    /// Takes the traffic. Call it when everything that shall receive it listens.
+    ///
+    /// # Errors
+    ///
+    /// A step was refused; what was done before it is undone.
+    pub fn install(&self) -> Result<Capture, CaptureError> {
+        let keeps = self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source);
+        let routes = keeps.then(route::Routes::install).transpose()?;
+        let table = Some(nft::Table::install(&nft::text(self, accepts_marks()))?);
+        Ok(Capture { routes, table })
+    }
+
+    /// The nft table as it would be installed.
+    #[must_use]
+    pub fn nft_text(&self) -> String {
+        nft::text(self, accepts_marks())
     }
 }
+
+impl Capture {
+    /// Takes no more connections; those taken stay free of conntrack until the end.
+    pub fn stop(&mut self) {
+        if let Some(table) = &mut self.table {
+            table.stop_taking();
+        }
+    }
+
+    /// Nothing of ours has gone missing.
+    #[must_use]
+    pub fn stands(&mut self) -> bool {
+        self.table.as_mut().is_none_or(nft::Table::stands)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        // The rules that steer packets go before the routes that they steer to.
+        self.table = None;
+        self.routes = None;
+    }
+}
+
+/// Sockets that a workload accepts inherit the mark of the packets that reached them.
+fn accepts_marks() -> bool {
+    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept")
+        .is_ok_and(|text| text.trim() == "1")
+}
+
+/// `SO_MARK` of our own sockets, under `MARK_MASK`: never taken, never tracked.
+pub const OWN_MARK: u32 = 0x539;
+/// `SO_MARK` of sockets that dial under a client's address, under `MARK_MASK`. The workload's
+/// socket inherits it, and what it sends is led back to us. Not `OWN_MARK`: a listener whose mark
+/// leads to loopback could not shake hands with anybody outside.
+pub const STEER_MARK: u32 = 0x53a;
+/// The bits that are ours; others may use the rest.
+pub const MARK_MASK: u32 = 0xfff;
+/// The route table in which everything is local.
+pub const ROUTE_TABLE: u32 = 133;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What to capture and where to send it: the checked config that the rest of weir reads.
 //!
-//! `config/raw.rs` holds the YAML as written, `config/check.rs` turns it into this. A `Config` in
-//! hand is proof that nothing in it contradicts itself; whether the host can do it is preflight's
+//! `config/read.rs` turns YAML into it. A `Config` in hand is proof that nothing in it contradicts itself; whether the host can do it is preflight's
 //! question.
 
 use std::net::SocketAddr;
@@ -14,6 +13,7 @@ use ipnet::IpNet;
 
 use crate::profile::Profile;
 
+mod capture;
 mod read;
 #[cfg(test)]
 mod tests;

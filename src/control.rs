@@ -6,18 +6,23 @@
 //! reverse.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::capture::CaptureError;
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
+use capturing::Capturing;
+
 mod admin;
+mod capturing;
 pub mod client;
 mod exposition;
 mod start;
@@ -36,6 +41,9 @@ pub enum RunError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Traffic cannot be captured here.
+    #[error("capture: {0}")]
+    Capture(#[from] CaptureError),
     /// More descriptors are needed than there can be.
     #[error(
         "limits.flows_max {flows_max} on {workers} workers needs RLIMIT_NOFILE of at least \
@@ -58,6 +66,14 @@ pub enum RunError {
     /// A listener.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// A listener would dial itself.
+    #[error("forward {name}: endpoint {endpoint} is a port of this weir: it would loop")]
+    Loop {
+        /// What it would dial.
+        endpoint: SocketAddr,
+        /// Of the listener.
+        name: String,
+    },
     /// Something asked for is not in this version.
     #[error("{0}")]
     NotYet(String),
@@ -83,6 +99,10 @@ impl RunError {
 /// A running weir, as the admin listener sees it.
 #[derive(Debug)]
 struct Running {
+    /// Something shall be captured.
+    captures: bool,
+    /// It is being captured just now.
+    capturing: AtomicBool,
     draining: AtomicBool,
     profile: Arc<Profile>,
     workers: Vec<Handle>,
@@ -106,6 +126,9 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let running = Arc::new(start::start(&config)?);
     admin::serve(&config.admin, &running)?;
+    // Last of all: what is taken now must be served.
+    let plan = capturing::plan(&config);
+    let mut capturing = plan.map(|plan| Capturing::install(plan, &running)).transpose()?;
     tracing::info!(
         workers = running.workers.len(),
         profile = %running.profile.name,
@@ -113,8 +136,9 @@ async fn serve(config: Config) -> Result<(), RunError> {
     );
     // systemd may not be there; then there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let interrupted = running.until_over(&mut signals).await;
+    let interrupted = running.until_over(&mut signals, capturing.as_mut()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    drop(capturing);
     admin::remove(&config.admin);
     finish(running, interrupted)
 }
@@ -130,8 +154,13 @@ fn finish(running: Arc<Running>, interrupted: bool) -> Result<(), RunError> {
 
 impl Running {
     /// True if a second signal cut the drain short with SIGINT.
-    async fn until_over(&self, signals: &mut Signals) -> bool {
+    async fn until_over(
+        &self,
+        signals: &mut Signals,
+        mut capturing: Option<&mut Capturing>,
+    ) -> bool {
         let mut tick = tokio::time::interval(LOOK_EVERY);
+        let mut told = false;
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
@@ -142,11 +171,19 @@ impl Running {
                             return true;
                         }
                     }
-                    Asked::Stop { .. } => self.drain(self.profile.timeouts.drain),
+                    Asked::Stop { .. } => self.ask_to_drain(),
                 },
                 _ = tick.tick() => {
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
-                        self.drain(Duration::ZERO); // One worker has failed: end the others.
+                        self.ask_to_drain(); // One worker has failed: end the others.
+                        self.drain(Duration::ZERO);
+                    }
+                    if self.is_draining() && !told {
+                        told = true;
+                        self.stop_taking(capturing.as_deref_mut()).await;
+                        self.drain(self.profile.timeouts.drain);
+                    } else if let Some(capturing) = capturing.as_mut().filter(|_| !told) {
+                        capturing.watch(self);
                     }
                     if self.workers.iter().all(Handle::is_finished) {
                         return false;
@@ -156,13 +193,25 @@ impl Running {
         }
     }
 
+    /// No more connections are taken; those that were taken already get through the door.
+    async fn stop_taking(&self, capturing: Option<&mut Capturing>) {
+        if let Some(capturing) = capturing {
+            capturing.stop(self);
+            tokio::time::sleep(QUEUES_EMPTY).await;
+        }
+    }
+
+    /// The control thread drains as soon as it looks.
+    fn ask_to_drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
     fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
     fn drain(&self, within: Duration) {
         tracing::info!(within_ms = within.as_millis(), "drain");
-        self.draining.store(true, Ordering::Release);
         self.workers.iter().for_each(|worker| worker.drain(within));
     }
 
@@ -171,7 +220,8 @@ impl Running {
     }
 
     fn is_ready(&self) -> bool {
-        !self.is_draining() && self.accepting() == self.workers.len()
+        let captured = !self.captures || self.capturing.load(Ordering::Acquire);
+        !self.is_draining() && captured && self.accepting() == self.workers.len()
     }
 }
 
@@ -204,5 +254,7 @@ impl Signals {
     }
 }
 
+/// How long workers need to accept what waits in their queues; they need far less.
+const QUEUES_EMPTY: Duration = Duration::from_millis(50);
 /// How often the control thread looks whether the workers still run.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

@@ -96,14 +96,21 @@ pub enum Denied {
     OwnPort,
     /// Too many flows from one address.
     SourceLimit,
+    /// No port is free to dial from under the client's address.
+    SourcePorts,
     /// Nobody recorded where it meant to go.
     UnknownDestination,
 }
 
 impl Denied {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Denied; 4] =
-        [Denied::Direct, Denied::OwnPort, Denied::SourceLimit, Denied::UnknownDestination];
+    pub const ALL: [Denied; 5] = [
+        Denied::Direct,
+        Denied::OwnPort,
+        Denied::SourceLimit,
+        Denied::SourcePorts,
+        Denied::UnknownDestination,
+    ];
 
     /// The label value.
     #[must_use]
@@ -112,6 +119,7 @@ impl Denied {
             Denied::Direct => "direct",
             Denied::OwnPort => "own_port",
             Denied::SourceLimit => "source_limit",
+            Denied::SourcePorts => "source_ports",
             Denied::UnknownDestination => "unknown_destination",
         }
     }

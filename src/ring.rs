@@ -25,7 +25,7 @@ use scratch::Scratch;
 use spin::Spin;
 use turn::{Again, CANCEL, DESCRIPTOR};
 
-pub use dial::DialOptions;
+pub use dial::{DialOptions, Marks};
 pub use probe::Features;
 pub use setup::{RingError, Setup};
 pub use turn::{Batch, Event};

@@ -17,12 +17,12 @@ use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crate::capture::OwnPorts;
+use crate::capture::{OwnPorts, SourcePorts};
 use crate::config::{Balance, SourceAddress};
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::profile::Profile;
-use crate::ring::{self, Batch, DialOptions, Features, Ring, RingError};
+use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError};
 use crate::sys::{process, socket};
 
 use accept::Listening;
@@ -32,6 +32,7 @@ use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
 
 mod accept;
+mod destination;
 mod mailbox;
 mod slab;
 #[cfg(test)]
@@ -49,14 +50,16 @@ pub struct Setup {
     pub index: u16,
     /// Sockets that already listen.
     pub listeners: Vec<Listener>,
-    /// `SO_MARK` of upstream sockets; needs `CAP_NET_ADMIN`.
-    pub mark: Option<u32>,
+    /// Of upstream sockets; none where nothing is captured.
+    pub marks: Option<Marks>,
     /// What must never be dialled.
     pub own_ports: Arc<OwnPorts>,
     /// How fast and how big.
     pub profile: Arc<Profile>,
     /// This worker's part of the process's limits.
     pub share: Share,
+    /// For listeners whose upstreams see the client's address.
+    pub source_ports: SourcePorts,
 }
 
 /// One worker's part of the process's limits.
@@ -272,7 +275,7 @@ impl Worker {
         process::block_signals().map_err(|source| WorkerError::Thread { index, source })?;
         let profile = Arc::clone(&setup.profile);
         let flows_max = setup.share.flows_max;
-        let dial = DialOptions::new(&profile.sockets, setup.mark);
+        let dial = DialOptions::new(&profile.sockets, setup.marks);
         let (buffers, ring) = (&profile.buffers, &profile.ring);
         let tuned = setup.listeners.iter().try_for_each(|listener| dial.tune(listener.fd.as_fd()));
         let ring = tuned

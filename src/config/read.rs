@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::{Admin, Balance, Config, Forward, OnExit, Workers};
+use super::{Admin, Balance, Config, Forward, OnExit, Workers, capture};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Place, Section, nearest, parsed};
 
@@ -50,24 +50,55 @@ impl Config {
 }
 
 fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Config {
+    let mut claims = Vec::new();
+    let (inbound, outbound) = (section.take("inbound"), section.take("outbound"));
     let config = Config {
         profile: profile(section, directory, mistakes),
         workers: workers(section, mistakes),
         on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
-        forward: forwards(section, mistakes),
-        inbound: None,
-        outbound: None,
-        admin: admin(section.section("admin", mistakes), mistakes),
+        inbound: inbound.and_then(|node| capture::inbound(node, &mut claims, mistakes)),
+        outbound: outbound.and_then(|node| capture::outbound(node, &mut claims, mistakes)),
+        forward: forwards(section, &mut claims, mistakes),
+        admin: admin(section.section("admin", mistakes), &mut claims, mistakes),
     };
-    for key in ["inbound", "outbound", "takeover"] {
-        if let Some(node) = section.take(key) {
-            mistakes.add(node.place, key, "is not in this version");
+    if let Some(node) = section.take("takeover") {
+        mistakes.add(node.place, "takeover", "is not in this version");
+    }
+    let captures = config.inbound.is_some() || config.outbound.is_some();
+    if captures && config.on_exit == OnExit::Closed {
+        let text = "closed is not in this version: captured traffic flows directly";
+        mistakes.add(section.place(), "on_exit", text);
+    }
+    if !captures && config.forward.is_empty() && mistakes.is_empty() {
+        let text = "asks for nothing: give it `inbound:`, `outbound:` or a `forward:` list";
+        mistakes.add(section.place(), "", text);
+    }
+    overlaps(&claims, mistakes);
+    config
+}
+
+/// An address that something of ours shall listen on.
+pub(super) struct Claim {
+    addr: SocketAddr,
+    path: String,
+    place: Place,
+}
+
+impl Claim {
+    pub(super) fn new(path: &str, place: Place, addr: SocketAddr) -> Claim {
+        Claim { addr, path: path.to_owned(), place }
+    }
+}
+
+fn overlaps(claims: &[Claim], mistakes: &mut Mistakes) {
+    for (index, claim) in claims.iter().enumerate() {
+        for other in claims.iter().take(index) {
+            if other.path != claim.path && overlap(other.addr, claim.addr) {
+                let text = format!("listens where {} does ({})", other.path, other.addr);
+                mistakes.add(claim.place, &claim.path, text);
+            }
         }
     }
-    if config.forward.is_empty() && mistakes.is_empty() {
-        mistakes.add(section.place(), "", "asks for nothing: give it a `forward:` list");
-    }
-    config
 }
 
 fn profile(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Profile {
@@ -112,7 +143,11 @@ fn workers(section: &mut Section, mistakes: &mut Mistakes) -> Workers {
     }
 }
 
-fn forwards(section: &mut Section, mistakes: &mut Mistakes) -> Vec<Forward> {
+fn forwards(
+    section: &mut Section,
+    claims: &mut Vec<Claim>,
+    mistakes: &mut Mistakes,
+) -> Vec<Forward> {
     let items = section.list("forward").unwrap_or_default();
     let mut forwards: Vec<Forward> = Vec::with_capacity(items.len());
     for (index, item) in items.into_iter().enumerate() {
@@ -123,11 +158,8 @@ fn forwards(section: &mut Section, mistakes: &mut Mistakes) -> Vec<Forward> {
             if other.name == forward.name {
                 mistakes.add(place, &path, format!("the name {} is taken", forward.name));
             }
-            if overlap(other.listen, forward.listen) {
-                let text = format!("listens where {} does ({})", other.name, other.listen);
-                mistakes.add(place, &path, text);
-            }
         }
+        claims.push(Claim::new(&path, place, forward.listen));
         forwards.push(forward);
     }
     forwards
@@ -158,9 +190,10 @@ fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Opt
     Some(Forward { balance, endpoints, listen: listen?, name })
 }
 
-fn admin(mut section: Section, mistakes: &mut Mistakes) -> Admin {
+fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes) -> Admin {
     let socket = section.parsed::<PathBuf>("socket", "a path", mistakes);
     let http = section.parsed("http", ADDRESS, mistakes);
+    claims.extend(http.map(|addr| Claim::new("admin.http", section.place(), addr)));
     section.finish(mistakes);
     Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }
 }
@@ -176,7 +209,7 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 }
 
 const START: Place = Place { column: 1, line: 1 };
-const ADDRESS: &str = "an address with port (`127.0.0.1:80` or `[::1]:80`)";
+pub(super) const ADDRESS: &str = "an address with port (`127.0.0.1:80` or `[::1]:80`)";
 const BALANCE: [(&str, Balance); 2] =
     [("least_flows", Balance::LeastFlows), ("round_robin", Balance::RoundRobin)];
 const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];

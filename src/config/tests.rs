@@ -49,7 +49,8 @@ fn every_mistake_is_shown_at_once_with_its_place() {
 
 #[test]
 fn nothing_asked_is_refused_and_so_is_what_is_no_yaml() {
-    let nothing = "weir.yaml:1:1: asks for nothing: give it a `forward:` list";
+    let nothing =
+        "weir.yaml:1:1: asks for nothing: give it `inbound:`, `outbound:` or a `forward:` list";
     assert_eq!(mistakes("# only a comment\n"), [nothing]);
     assert_eq!(mistakes(""), [nothing]);
     assert_eq!(mistakes("a: [1\n").len(), 1);
@@ -60,7 +61,10 @@ fn nothing_asked_is_refused_and_so_is_what_is_no_yaml() {
 #[test]
 fn listeners_that_overlap_are_an_error() {
     let text = "forward:\n  - { name: a, listen: \"[::]:80\", endpoints: [\"1.1.1.1:1\"] }\n  - { name: b, listen: \"127.0.0.1:80\", endpoints: [\"1.1.1.1:1\"] }\n";
-    assert_eq!(mistakes(text), ["weir.yaml:3:5: forward[1]: listens where a does ([::]:80)"]);
+    assert_eq!(
+        mistakes(text),
+        ["weir.yaml:3:5: forward[1]: listens where forward[0] does ([::]:80)"]
+    );
 }
 
 proptest::proptest! {

@@ -156,7 +156,7 @@ async fn flows(State(running): State<Arc<Running>>) -> impl IntoResponse {
 }
 
 async fn drain(State(running): State<Arc<Running>>) -> &'static str {
-    running.drain(running.profile.timeouts.drain);
+    running.ask_to_drain();
     "draining\n"
 }
 

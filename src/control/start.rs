@@ -8,10 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::capturing;
 use super::{RunError, Running};
-use crate::capture::OwnPorts;
+use crate::capture::{OWN_MARK, OwnPorts, PortCounts, STEER_MARK, SourcePorts};
 use crate::config::{Config, Workers};
+use crate::metrics::Origin;
 use crate::profile::{Limits, Profile, RelayMode};
+use crate::ring::Marks;
 use crate::sys::process;
 use crate::sys::socket::{ListenError, ListenOptions, listen};
 use crate::worker::{self, Listener, Route, Setup, Share};
@@ -19,32 +22,39 @@ use crate::worker::{self, Listener, Route, Setup, Share};
 /// Opens listeners and starts workers.
 pub(super) fn start(config: &Config) -> Result<Running, RunError> {
     refuse_what_is_missing(config)?;
+    let plan = capturing::plan(config);
+    let captures = plan.is_some();
+    plan.map_or(Ok(()), |plan| plan.preflight())?;
+    let own_ports = Arc::new(OwnPorts::new(capturing::own_ports(config)));
+    refuse_loops(config, &own_ports)?;
     let cpus = cpus(&config.workers)?;
     let share = share(&config.profile.limits, cpus.len());
     refuse_too_many_descriptors(config, share, cpus.len())?;
     let mut sockets = open_listeners(config, cpus.len())?;
     let profile = Arc::new(config.profile.clone());
-    let own_ports = Arc::new(OwnPorts::default());
+    let port_counts = PortCounts::new();
+    let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);
+    let marks = captures.then_some(Marks { bound: STEER_MARK, unbound: OWN_MARK });
     let mut workers = Vec::with_capacity(cpus.len());
     for (index, cpu) in (0u16..).zip(&cpus) {
         let setup = Setup {
             cpu: *cpu,
             index,
             listeners: sockets.pop().unwrap_or_default(),
-            mark: None,
+            marks,
             own_ports: Arc::clone(&own_ports),
             profile: Arc::clone(&profile),
             share,
+            source_ports: SourcePorts::new(Arc::clone(&port_counts), index, count),
         };
         workers.push(worker::spawn(setup)?);
     }
-    Ok(Running { draining: AtomicBool::new(false), profile, workers })
+    let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
+    Ok(Running { captures, capturing, draining, profile, workers })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
-    let missing = if config.inbound.is_some() || config.outbound.is_some() {
-        "capture is not in this version (`forward:` is)"
-    } else if config.profile.relay.mode == RelayMode::Splice {
+    let missing = if config.profile.relay.mode == RelayMode::Splice {
         "relay splice is not in this version: use copy or auto"
     } else if config.profile.relay.mode == RelayMode::Sockmap {
         "relay sockmap is not in this version: use copy or auto"
@@ -52,6 +62,15 @@ fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
         return Ok(());
     };
     Err(RunError::NotYet(missing.to_owned()))
+}
+
+fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), RunError> {
+    for forward in &config.forward {
+        if let Some(endpoint) = forward.endpoints.iter().find(|addr| own_ports.forbids(**addr)) {
+            return Err(RunError::Loop { endpoint: *endpoint, name: forward.name.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// One entry a worker: its CPU, if it has one of its own.
@@ -103,12 +122,19 @@ fn open_listeners(config: &Config, workers: usize) -> Result<Vec<Vec<Listener>>,
         ..ListenOptions::default()
     };
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
-    for forward in &config.forward {
-        for worker in &mut all {
+    for worker in &mut all {
+        for forward in &config.forward {
             let fd = listen_patiently(forward.listen, &options)?;
             let endpoints = forward.endpoints.clone();
             let route = Route::Endpoints { balance: forward.balance, endpoints };
             worker.push(Listener { fd, name: forward.name.as_str().into(), route });
+        }
+        if let Some(inbound) = &config.inbound {
+            let mark = Some(OWN_MARK);
+            let options = ListenOptions { mark, transparent: true, ..options };
+            let fd = listen_patiently(inbound.listen, &options)?;
+            let route = Route::Socket { origin: Origin::InboundTproxy, source: inbound.source };
+            worker.push(Listener { fd, name: "inbound".into(), route });
         }
     }
     Ok(all)

@@ -87,7 +87,8 @@ impl CloseReason {
             111 => CloseReason::ConnectRefused,           // ECONNREFUSED
             110 => CloseReason::ConnectTimeout,           // ETIMEDOUT
             101 | 113 => CloseReason::ConnectUnreachable, // ENETUNREACH, EHOSTUNREACH
-            12 | 23 | 24 | 99 | 105 => CloseReason::LocalLimit, // ENOMEM, E{N,M}FILE, EADDRNOTAVAIL, ENOBUFS
+            // ENOMEM, ENFILE, EMFILE, EADDRINUSE, EADDRNOTAVAIL, ENOBUFS
+            12 | 23 | 24 | 98 | 99 | 105 => CloseReason::LocalLimit,
             _ => CloseReason::ConnectFailed,
         }
     }

@@ -41,18 +41,27 @@ enum Value {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum When {
     Always,
-    /// Dialled, not accepted.
-    Dialled,
+    /// Dialled from an address of ours.
+    Unbound,
     /// Bound to somebody else's address.
     Bound,
     BoundV4,
     BoundV6,
 }
 
+/// `SO_MARK` of dialled sockets; needs `CAP_NET_ADMIN`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Marks {
+    /// Of those bound to somebody else's address.
+    pub bound: u32,
+    /// Of those with an address of ours.
+    pub unbound: u32,
+}
+
 impl DialOptions {
-    /// As the profile says, marked with `mark`.
+    /// As the profile says, marked with `marks`.
     #[must_use]
-    pub fn new(sockets: &Sockets, mark: Option<u32>) -> DialOptions {
+    pub fn new(sockets: &Sockets, marks: Option<Marks>) -> DialOptions {
         let mut options = DialOptions { list: Vec::new() };
         options.add(When::BoundV4, "IP_TRANSPARENT", (libc::SOL_IP, libc::IP_TRANSPARENT), 1);
         options.add(When::BoundV6, "IPV6_TRANSPARENT", (libc::SOL_IPV6, libc::IPV6_TRANSPARENT), 1);
@@ -62,9 +71,10 @@ impl DialOptions {
         options.add(When::Bound, "IP_BIND_ADDRESS_NO_PORT", late, 1);
         // A port is free again for another destination while it lingers in TIME_WAIT.
         options.add(When::Bound, "SO_REUSEADDR", (libc::SOL_SOCKET, libc::SO_REUSEADDR), 1);
-        if let Some(mark) = mark {
+        if let Some(Marks { bound, unbound }) = marks {
             let option = (libc::SOL_SOCKET, libc::SO_MARK);
-            options.add(When::Dialled, "SO_MARK", option, mark.cast_signed());
+            options.add(When::Bound, "SO_MARK", option, bound.cast_signed());
+            options.add(When::Unbound, "SO_MARK", option, unbound.cast_signed());
         }
         if sockets.nodelay {
             options.add(When::Always, "TCP_NODELAY", (libc::IPPROTO_TCP, libc::TCP_NODELAY), 1);
@@ -111,7 +121,8 @@ impl DialOptions {
     /// Option `index`, if a socket bound to `from` needs it.
     pub(super) fn option(&self, index: usize, from: Option<SocketAddr>) -> Option<&DialOption> {
         self.list.get(index).filter(|option| match option.when {
-            When::Always | When::Dialled => true,
+            When::Always => true,
+            When::Unbound => from.is_none(),
             When::Bound => from.is_some(),
             When::BoundV4 => from.is_some_and(|addr| addr.is_ipv4()),
             When::BoundV6 => from.is_some_and(|addr| addr.is_ipv6()),
@@ -211,7 +222,9 @@ mod tests {
             user_timeout: Duration::from_millis(4321),
         };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        DialOptions::new(&sockets, Some(1337)).tune(listener.as_fd()).unwrap();
+        DialOptions::new(&sockets, Some(Marks { bound: 2, unbound: 1 }))
+            .tune(listener.as_fd())
+            .unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let socket = SockRef::from(&accepted);

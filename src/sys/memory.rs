@@ -1,15 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Anonymous memory that costs nothing until it is touched.
+//! Anonymous memory: pages that cost nothing until they are touched, and files without a name.
 #![expect(unsafe_code, reason = "mmap(2) gives a raw address")]
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// A private, zeroed, page-aligned mapping; unmapped on drop.
 #[derive(Debug)]
 pub struct Mapping {
     address: NonNull<u8>,
     bytes: usize,
+}
+
+/// A file that holds `text` and goes with its last descriptor (memfd_create(2)).
+///
+/// # Errors
+///
+/// `EMFILE`: no descriptor is left.
+pub fn text_file(text: &str) -> io::Result<OwnedFd> {
+    let mut file = File::from(memfd_create(c"weir", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    Ok(file.into())
 }
 
 impl Mapping {

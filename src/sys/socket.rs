@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "descriptors and addresses come raw from the kernel")]
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -135,6 +135,13 @@ pub fn peer_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
 /// Not for a TCP socket.
 pub fn local_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     SockRef::from(&fd).local_addr().and_then(ip_address)
+}
+
+/// Whether dialling `ip` would reach this host: an address can be bound only where it is local
+/// (where `ip_nonlocal_bind` is set, every one counts as local).
+#[must_use]
+pub fn is_local_address(ip: IpAddr) -> bool {
+    ip.is_loopback() || ip.is_unspecified() || std::net::UdpSocket::bind((ip, 0)).is_ok()
 }
 
 /// A raw address as the kernel wrote it, canonical; `None` if it is of no IP family.

@@ -5,16 +5,17 @@
 //! port is never dialled; nobody accepts while descriptors, flows or pending connects are short.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use super::destination::Destination;
 use super::slab::Peers;
 use super::turn::Worker;
 use super::wheel::Clock;
 use super::{Listener, Route, Setup};
-use crate::addr::{Downstream, OriginalDst};
-use crate::config::{Balance, SourceAddress};
+use crate::addr::Downstream;
+use crate::capture::SourcePorts;
 use crate::metrics::{Denied, Origin};
 use crate::op::{FlowId, Kind, Token};
 use crate::ring::{AcceptInto, Event};
@@ -27,20 +28,23 @@ pub(super) struct Listening {
     /// Accepted where no slot was free; served as slots come free.
     parked: VecDeque<(u16, OwnedFd)>,
     retry_at: Option<u32>,
+    pub(super) source_ports: SourcePorts,
     sources: Sources,
-    states: Vec<State>,
+    pub(super) states: Vec<State>,
 }
 
 /// One listener.
-struct State {
+pub(super) struct State {
     accept: Accept,
     /// Open flows by endpoint.
-    endpoint_flows: Vec<u32>,
+    pub(super) endpoint_flows: Vec<u32>,
     /// Closed once nothing will be accepted any more.
     fd: Option<OwnedFd>,
-    next_endpoint: usize,
+    pub(super) next_endpoint: usize,
     origin: Origin,
-    route: Route,
+    /// Where it listens: who is accepted for this port was not captured.
+    pub(super) port: u16,
+    pub(super) route: Route,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -61,14 +65,6 @@ enum Accept {
 struct Sources {
     flows: HashMap<IpAddr, u32>,
     max: u32,
-}
-
-/// Where an accepted connection goes.
-struct Destination {
-    endpoint: u16,
-    original_dst: Option<SocketAddr>,
-    source: Option<SocketAddr>,
-    upstream: SocketAddr,
 }
 
 impl Worker {
@@ -200,73 +196,22 @@ impl Worker {
         let Ok(downstream) = socket::peer_name(fd.as_fd()).map(Downstream::new) else {
             return; // It was reset while it waited: nobody is left to answer.
         };
-        let destination = match self.destination(listener, downstream, &fd) {
-            Ok(destination) => destination,
-            Err(denied) => return self.deny(denied, &fd),
-        };
         if !self.listening.sources.enter(downstream.addr().ip()) {
-            self.listening.unpick(listener, destination.endpoint);
             return self.deny(Denied::SourceLimit, &fd);
         }
+        let destination = match self.destination(listener, downstream, fd.as_fd()) {
+            Ok(destination) => destination,
+            Err(denied) => {
+                self.listening.sources.leave(downstream.addr().ip());
+                return self.deny(denied, &fd);
+            }
+        };
         let Some(slot) = self.slab.reserve() else { return };
         self.began(listener);
         self.ring.adopt(slot, fd);
         let Destination { endpoint, original_dst, source, upstream } = destination;
         let downstream = Some(downstream.addr());
         self.open(slot, Peers { downstream, endpoint, listener, original_dst, source, upstream });
-    }
-
-    /// Where a captured connection goes, or why it goes nowhere.
-    fn destination(
-        &mut self,
-        listener: u16,
-        downstream: Downstream,
-        fd: &OwnedFd,
-    ) -> Result<Destination, Denied> {
-        let index = usize::from(listener);
-        let Some(state) = self.listening.states.get(index) else {
-            return Err(Denied::UnknownDestination);
-        };
-        let (dst, source) = match &state.route {
-            Route::Endpoints { .. } => {
-                return self.endpoint(listener).ok_or(Denied::UnknownDestination);
-            }
-            Route::Socket { source, .. } => {
-                let dst = socket::local_name(fd.as_fd())
-                    .map(OriginalDst::new)
-                    .map_err(|_| Denied::UnknownDestination)?;
-                let keep = *source == SourceAddress::Keep;
-                (dst, keep.then_some(downstream.addr().ip()))
-            }
-        };
-        if self.setup.own_ports.forbids(dst.addr()) {
-            return Err(Denied::OwnPort);
-        }
-        Ok(Destination {
-            endpoint: 0,
-            original_dst: Some(dst.addr()),
-            source: source.map(|ip| SocketAddr::new(ip, 0)),
-            upstream: dst.addr(),
-        })
-    }
-
-    /// The next endpoint of a plain listener.
-    fn endpoint(&mut self, listener: u16) -> Option<Destination> {
-        let index = usize::from(listener);
-        let state = self.listening.states.get_mut(index)?;
-        let Route::Endpoints { balance, endpoints } = &state.route else { return None };
-        let chosen = match balance {
-            Balance::RoundRobin => state.next_endpoint % endpoints.len(),
-            Balance::LeastFlows => least(&state.endpoint_flows, state.next_endpoint)?,
-        };
-        state.next_endpoint = chosen + 1;
-        *state.endpoint_flows.get_mut(chosen)? += 1;
-        Some(Destination {
-            endpoint: u16::try_from(chosen).ok()?,
-            original_dst: None,
-            source: None,
-            upstream: *endpoints.get(chosen)?,
-        })
     }
 
     fn began(&mut self, listener: u16) {
@@ -289,6 +234,7 @@ impl Listening {
     /// Takes the listeners out of `setup`.
     pub(super) fn new(setup: &mut Setup) -> Listening {
         let into = into(setup);
+        let source_ports = setup.source_ports.clone();
         let parked_max = match into {
             AcceptInto::Slots => 0,
             // An accept can hand over no more than the ring has room to say.
@@ -299,6 +245,7 @@ impl Listening {
             into,
             parked: VecDeque::with_capacity(parked_max),
             retry_at: None,
+            source_ports,
             sources: Sources::new(setup.share.flows_per_source_max, setup.share.flows_max),
             states: setup.listeners.drain(..).map(State::new).collect(),
         }
@@ -319,8 +266,11 @@ impl Listening {
 
     pub(super) fn flow_ended(&mut self, peers: &Peers) {
         self.unpick(peers.listener, peers.endpoint);
-        if let Some(downstream) = peers.downstream {
-            self.sources.leave(downstream.ip());
+        let Some(downstream) = peers.downstream else { return };
+        self.sources.leave(downstream.ip());
+        if let Some(source) = peers.source {
+            self.source_ports.leave(source);
+            self.source_ports.leave(downstream);
         }
     }
 
@@ -363,12 +313,14 @@ impl State {
             Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
             Route::Socket { origin, .. } => (*origin, 0),
         };
+        let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());
         State {
             accept: Accept::Idle,
             endpoint_flows: vec![0; endpoints],
             fd: Some(fd),
             next_endpoint: 0,
             origin,
+            port,
             route,
         }
     }
@@ -415,13 +367,6 @@ fn into(setup: &Setup) -> AcceptInto {
     } else {
         AcceptInto::Descriptors
     }
-}
-
-/// The index of the smallest count; among equals the first from `start` on.
-fn least(counts: &[u32], start: usize) -> Option<usize> {
-    (0..counts.len())
-        .map(|step| (start + step) % counts.len())
-        .min_by_key(|index| counts.get(*index).copied())
 }
 
 fn token(index: usize) -> Token {

@@ -25,6 +25,8 @@ pub(super) struct Entry {
     pub(super) flow: Option<Flow>,
     pub(super) generation: u32,
     pub(super) peers: Peers,
+    /// Dials made again from another port.
+    pub(super) redials: u8,
     /// Sides that stand in the queue for buffers, one bit each.
     pub(super) queued_for_buffers: u8,
     pub(super) times: Times,
@@ -93,6 +95,7 @@ impl Slab {
         }
         entry.flow = Some(flow);
         entry.peers = peers;
+        entry.redials = 0;
         entry.times = Times { active: now, opened: now, timer: None };
         self.occupied += 1;
         Some(entry.generation)
@@ -141,6 +144,7 @@ impl Entry {
             generation: 0,
             peers,
             queued_for_buffers: 0,
+            redials: 0,
             times: Times { active: 0, opened: 0, timer: None },
         }
     }

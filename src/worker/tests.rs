@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::capture::{PortCounts, SourcePorts};
 use crate::profile;
 use crate::sys::socket::ListenOptions;
 
@@ -31,10 +32,11 @@ impl Forwarder {
             cpu: None,
             index: 0,
             listeners: vec![Listener { fd, name: "test".into(), route }],
-            mark: None,
+            marks: None,
             own_ports: Arc::default(),
             profile: Arc::new(profile),
             share,
+            source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
         })
         .unwrap();
         Forwarder { addr, handle }

@@ -122,6 +122,11 @@ impl Worker {
 
     /// One completion for one flow.
     fn step(&mut self, slot: FlowId, completion: Completion) {
+        if let Completion::Connected(Err(errno)) = completion
+            && self.redial(slot, errno)
+        {
+            return;
+        }
         let Some(entry) = self.slab.entry(slot) else { return };
         let Some(flow) = entry.flow.as_mut() else { return };
         let was_connecting = flow.is_connecting();

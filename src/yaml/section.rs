@@ -143,7 +143,7 @@ impl Node {
     }
 
     /// The offending value, to begin a message with.
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         match &self.kind {
             Kind::List(_) => "a list: ".to_owned(),
             Kind::Map(_) => "a map: ".to_owned(),
