@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 
 use crate::capture::CaptureError;
 use crate::config::Config;
@@ -104,6 +105,8 @@ struct Running {
     /// It is being captured just now.
     capturing: AtomicBool,
     draining: AtomicBool,
+    /// Rung when somebody asks to drain.
+    bell: Notify,
     profile: Arc<Profile>,
     workers: Vec<Handle>,
 }
@@ -173,16 +176,17 @@ impl Running {
                     }
                     Asked::Stop { .. } => self.ask_to_drain(),
                 },
+                () = self.bell.notified(), if !told => {
+                    told = true;
+                    self.stop_taking(capturing.as_deref_mut()).await;
+                    self.drain(self.profile.timeouts.drain);
+                }
                 _ = tick.tick() => {
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
                         self.ask_to_drain(); // One worker has failed: end the others.
                         self.drain(Duration::ZERO);
                     }
-                    if self.is_draining() && !told {
-                        told = true;
-                        self.stop_taking(capturing.as_deref_mut()).await;
-                        self.drain(self.profile.timeouts.drain);
-                    } else if let Some(capturing) = capturing.as_mut().filter(|_| !told) {
+                    if let Some(capturing) = capturing.as_mut().filter(|_| !told) {
                         capturing.watch(self);
                     }
                     if self.workers.iter().all(Handle::is_finished) {
@@ -201,9 +205,10 @@ impl Running {
         }
     }
 
-    /// The control thread drains as soon as it looks.
+    /// The control thread drains when it hears the bell.
     fn ask_to_drain(&self) {
         self.draining.store(true, Ordering::Release);
+        self.bell.notify_one();
     }
 
     fn is_draining(&self) -> bool {

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use super::capturing;
 use super::{RunError, Running};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, STEER_MARK, SourcePorts};
@@ -50,7 +52,8 @@ pub(super) fn start(config: &Config) -> Result<Running, RunError> {
         workers.push(worker::spawn(setup)?);
     }
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
-    Ok(Running { captures, capturing, draining, profile, workers })
+    let bell = Notify::new();
+    Ok(Running { bell, captures, capturing, draining, profile, workers })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
