@@ -9,7 +9,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
+use crate::bpf::{ConnectHook, HookError};
+
+pub use crate::bpf::{HookPlan, Losses, Records};
 pub use own_ports::OwnPorts;
 pub use source_ports::{PortCounts, SourcePorts};
 
@@ -23,8 +27,8 @@ mod source_ports;
 pub struct Plan {
     /// Traffic to the workload.
     pub inbound: Option<Inbound>,
-    /// The port on 127.0.0.1 and ::1 that captured connects go to.
-    pub outbound_port: Option<u16>,
+    /// Connects of the workload, by the hook.
+    pub outbound: Option<HookPlan>,
     /// Ports of ours: never taken.
     pub own_ports: Vec<u16>,
 }
@@ -42,9 +46,18 @@ pub struct Inbound {
     pub listen: SocketAddr,
 }
 
+/// Traffic can be taken, and everything that can be refused was granted; none is taken yet.
+#[derive(Debug)]
+pub struct Prepared {
+    hook: Option<ConnectHook>,
+    plan: Plan,
+}
+
 /// Traffic is being taken. Dropping it lets traffic go its own way again.
 #[derive(Debug)]
 pub struct Capture {
+    hook: Option<ConnectHook>,
+    plan: Plan,
     routes: Option<route::Routes>,
     table: Option<nft::Table>,
 }
@@ -52,6 +65,9 @@ pub struct Capture {
 /// Why traffic cannot be taken here. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
+    /// The connect hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// A program that we need is not there.
     #[error("run {program}: {source} (Debian: `apt-get install {package}`)")]
     Missing {
@@ -93,33 +109,25 @@ pub enum CaptureError {
 }
 
 impl Plan {
-    /// Says why it cannot work here, trying what can be tried without a change.
+    /// Tries what can be tried without a change to anybody's traffic.
     ///
     /// # Errors
     ///
-    /// The first reason, with its cure.
-    pub fn preflight(&self) -> Result<(), CaptureError> {
-        let accepts_marks = accepts_marks();
-        if let Some(inbound) = self.inbound.as_ref().filter(|inbound| inbound.keep_source) {
-            if !accepts_marks {
+    /// The first reason why it cannot work here, with its cure.
+    pub fn prepare(self) -> Result<Prepared, CaptureError> {
+        if self.keeps_source() {
+            if !accepts_marks() {
                 return Err(CaptureError::NoMarkAccept);
             }
-            let _ = inbound;
             route::preflight()?;
         }
-        nft::check(&nft::text(self, accepts_marks))
+        nft::check(&self.nft_text())?;
+        let hook = self.outbound.as_ref().map(ConnectHook::load).transpose()?;
+        Ok(Prepared { hook, plan: self })
     }
 
-    /// Takes the traffic. Call it when everything that shall receive it listens.
-    ///
-    /// # Errors
-    ///
-    /// A step was refused; what was done before it is undone.
-    pub fn install(&self) -> Result<Capture, CaptureError> {
-        let keeps = self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source);
-        let routes = keeps.then(route::Routes::install).transpose()?;
-        let table = Some(nft::Table::install(&nft::text(self, accepts_marks()))?);
-        Ok(Capture { routes, table })
+    fn keeps_source(&self) -> bool {
+        self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source)
     }
 
     /// The nft table as it would be installed.
@@ -129,23 +137,59 @@ impl Plan {
     }
 }
 
+impl Prepared {
+    /// Where connects meant to go, for the workers that accept them.
+    #[must_use]
+    pub fn records(&self) -> Option<Arc<Records>> {
+        self.hook.as_ref().map(ConnectHook::records)
+    }
+
+    /// Takes the traffic. Call it when everything that shall receive it listens.
+    ///
+    /// # Errors
+    ///
+    /// A step was refused; what was done before it is undone.
+    pub fn install(self) -> Result<Capture, CaptureError> {
+        let routes = self.plan.keeps_source().then(route::Routes::install).transpose()?;
+        let table = Some(nft::Table::install(&self.plan.nft_text())?);
+        let mut hook = self.hook;
+        hook.as_mut().map_or(Ok(()), ConnectHook::attach)?;
+        Ok(Capture { hook, plan: self.plan, routes, table })
+    }
+}
+
 impl Capture {
     /// Takes no more connections; those taken stay free of conntrack until the end.
     pub fn stop(&mut self) {
+        if let Some(hook) = &mut self.hook {
+            hook.stop();
+        }
         if let Some(table) = &mut self.table {
             table.stop_taking();
         }
     }
 
-    /// Nothing of ours has gone missing.
+    /// Puts back what somebody has taken away: the nft child may have been killed. `None` if
+    /// nothing is missing.
+    pub fn mend(&mut self) -> Option<Result<(), CaptureError>> {
+        if self.table.as_mut().is_some_and(nft::Table::stands) {
+            return None;
+        }
+        self.table = None;
+        Some(nft::Table::install(&self.plan.nft_text()).map(|table| self.table = Some(table)))
+    }
+
+    /// What the hook has lost so far.
     #[must_use]
-    pub fn stands(&mut self) -> bool {
-        self.table.as_mut().is_none_or(nft::Table::stands)
+    pub fn losses(&self) -> Losses {
+        self.hook.as_ref().map(ConnectHook::losses).unwrap_or_default()
     }
 }
 
 impl Drop for Capture {
     fn drop(&mut self) {
+        // What leads traffic to us goes first.
+        self.hook = None;
         // The rules that steer packets go before the routes that they steer to.
         self.table = None;
         self.routes = None;

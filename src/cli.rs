@@ -12,6 +12,7 @@ use crate::control::RunError;
 use crate::profile::RelayMode;
 
 mod ask;
+mod demo;
 mod forward;
 mod pages;
 mod run;
@@ -35,6 +36,12 @@ enum Verb {
     Config {
         #[command(subcommand)]
         verb: ConfigVerb,
+    },
+    /// Show the main job on real traffic, in network namespaces of its own (needs root)
+    Demo {
+        /// How long to watch the load
+        #[arg(long, value_name = "SECONDS", default_value = "6")]
+        seconds: u64,
     },
     /// Let a running weir finish its flows and end
     Drain(Ask),
@@ -177,6 +184,7 @@ pub fn run() -> Result<(), Failure> {
     match Arguments::parse().verb {
         Verb::Completions { shell } => pages::completions(shell),
         Verb::Config { verb: ConfigVerb::Check { file } } => run::check(&file),
+        Verb::Demo { seconds } => demo::run(seconds),
         Verb::Drain(ask) => ask::drain(&ask.socket),
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),
         Verb::Forward(arguments) => forward::run(arguments),

@@ -18,6 +18,9 @@ mod read;
 #[cfg(test)]
 mod tests;
 
+/// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
+pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");
+
 /// Everything a running weir obeys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {

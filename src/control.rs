@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use crate::capture::CaptureError;
+use crate::capture::{CaptureError, Plan};
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::sys::socket::ListenError;
@@ -127,11 +127,12 @@ pub fn run(config: Config) -> Result<(), RunError> {
 async fn serve(config: Config) -> Result<(), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
-    let running = Arc::new(start::start(&config)?);
+    let prepared = capturing::plan(&config).map(Plan::prepare).transpose()?;
+    let running = Arc::new(start::start(&config, prepared.as_ref())?);
     admin::serve(&config.admin, &running)?;
     // Last of all: what is taken now must be served.
-    let plan = capturing::plan(&config);
-    let mut capturing = plan.map(|plan| Capturing::install(plan, &running)).transpose()?;
+    let capturing = prepared.map(|prepared| Capturing::install(prepared, &running));
+    let mut capturing = capturing.transpose()?;
     tracing::info!(
         workers = running.workers.len(),
         profile = %running.profile.name,

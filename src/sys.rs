@@ -3,6 +3,7 @@
 //!
 //! Borrowed descriptors in, typed errors out; no policy.
 
+pub mod cgroup;
 pub mod memory;
 pub mod process;
 pub mod socket;

@@ -17,7 +17,7 @@ use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crate::capture::{OwnPorts, SourcePorts};
+use crate::capture::{OwnPorts, Records, SourcePorts};
 use crate::config::{Balance, SourceAddress};
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
@@ -94,6 +94,8 @@ pub enum Route {
         /// At least one.
         endpoints: Vec<SocketAddr>,
     },
+    /// To where the connect hook recorded that the connection meant to go.
+    Recorded(Arc<Records>),
     /// To the accepted socket's own address (`getsockname`), as under tproxy.
     Socket {
         /// `InboundTproxy` or `OutboundTproxy`.

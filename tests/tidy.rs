@@ -144,7 +144,7 @@ const LAYERS: [(&str, &[&str]); 15] = [
     ("addr", &[]),
     ("bpf", &["sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
-    ("cli", &["control", "config", "profile", "yaml"]),
+    ("cli", &["capture", "control", "config", "profile", "sys", "yaml"]),
     ("config", &["profile", "yaml", "addr"]),
     ("control", &["worker", "capture", "config", "profile", "sys", "metrics", "op", "ring"]),
     ("flow", &["op", "profile"]),

@@ -47,7 +47,7 @@ pub(super) fn text(plan: &Plan, accepts_marks: bool) -> String {
             push(&mut to_output, &format!("oifname lo tcp sport {ports} counter notrack accept"));
         }
     }
-    if let Some(port) = plan.outbound_port {
+    if let Some(port) = plan.outbound.as_ref().map(|hook| hook.port) {
         push(&mut to_output, &format!("oifname lo tcp dport {port} counter notrack accept"));
         push(&mut to_output, &format!("oifname lo tcp sport {port} counter notrack accept"));
     }

@@ -6,13 +6,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Running;
-use crate::capture::{self, Capture, CaptureError, Plan};
-use crate::config::{Config, SourceAddress};
+use crate::capture::{self, Capture, CaptureError, HookPlan, MARK_MASK, OWN_MARK, Plan, Prepared};
+use crate::config::{Config, Outbound, SourceAddress, Workload};
 
-/// What the config asks to capture, and whether it is.
+/// Capture in place.
 pub(super) struct Capturing {
-    capture: Option<Capture>,
-    plan: Plan,
+    capture: Capture,
     retry_at: Instant,
 }
 
@@ -27,8 +26,8 @@ pub(super) fn plan(config: &Config) -> Option<Plan> {
         keep_source: inbound.source == SourceAddress::Keep,
         listen: inbound.listen,
     });
-    let outbound_port = config.outbound.as_ref().map(|outbound| outbound.listen.port());
-    Some(Plan { inbound, outbound_port, own_ports: own_ports(config) })
+    let outbound = config.outbound.as_ref().and_then(|outbound| hook(outbound, config));
+    Some(Plan { inbound, outbound, own_ports: own_ports(config) })
 }
 
 /// Every port that weir listens on with this config.
@@ -40,40 +39,55 @@ pub(super) fn own_ports(config: &Config) -> Vec<u16> {
     all.map(|addr| addr.port()).filter(|port| *port > 0).collect()
 }
 
+fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
+    // The reader of the config has seen to it that there is one.
+    let Some(Workload::Cgroup(cgroup)) = &outbound.workload else { return None };
+    Some(HookPlan {
+        cgroup: cgroup.clone(),
+        exclude: outbound.exclude.cidrs.clone(),
+        exclude_ports: outbound.exclude.ports.clone(),
+        include: outbound.include.cidrs.clone(),
+        include_ports: outbound.include.ports.clone(),
+        own_mark: OWN_MARK,
+        own_mark_mask: MARK_MASK,
+        port: outbound.listen.port(),
+        records_max: config.profile.limits.flows_max.max(RECORDS_MIN),
+    })
+}
+
 impl Capturing {
     /// Takes the traffic, and says so.
-    pub(super) fn install(plan: Plan, running: &Running) -> Result<Capturing, CaptureError> {
-        let capture = Some(plan.install()?);
+    pub(super) fn install(
+        prepared: Prepared,
+        running: &Running,
+    ) -> Result<Capturing, CaptureError> {
+        let capture = prepared.install()?;
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
-        Ok(Capturing { capture, plan, retry_at: Instant::now() })
+        Ok(Capturing { capture, retry_at: Instant::now() })
     }
 
     /// Takes no more connections.
     pub(super) fn stop(&mut self, running: &Running) {
         running.capturing.store(false, Ordering::Release);
-        if let Some(capture) = &mut self.capture {
-            capture.stop();
-        }
+        self.capture.stop();
     }
 
     /// Puts back what somebody took away; while it is away, traffic flows directly.
     pub(super) fn watch(&mut self, running: &Running) {
-        if self.capture.as_mut().is_some_and(Capture::stands) || Instant::now() < self.retry_at {
+        if Instant::now() < self.retry_at {
             return;
         }
-        running.capturing.store(false, Ordering::Release);
-        self.capture = None;
+        let Some(mended) = self.capture.mend() else { return };
         self.retry_at = Instant::now() + RETRY_EVERY;
-        match self.plan.install() {
-            Ok(capture) => {
-                tracing::warn!("capture had been removed by somebody: it is in place again");
-                self.capture = Some(capture);
-                running.capturing.store(true, Ordering::Release);
-            }
-            Err(error) => tracing::error!("capture is gone and traffic flows directly: {error}"),
+        running.capturing.store(mended.is_ok(), Ordering::Release);
+        match mended {
+            Ok(()) => tracing::warn!("somebody had removed the nft table: it is in place again"),
+            Err(error) => tracing::error!("inbound traffic is not captured any more: {error}"),
         }
     }
 }
 
+/// Connections that may wait for a worker beside the flows: two accept queues, at least.
+const RECORDS_MIN: u32 = 16_384;
 const RETRY_EVERY: Duration = Duration::from_secs(1);

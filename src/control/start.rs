@@ -2,8 +2,9 @@
 //! From a config to running workers. Everything that can be refused is refused before anything
 //! is changed.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::capturing;
 use super::{RunError, Running};
-use crate::capture::{OWN_MARK, OwnPorts, PortCounts, STEER_MARK, SourcePorts};
+use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
 use crate::config::{Config, Workers};
 use crate::metrics::Origin;
 use crate::profile::{Limits, Profile, RelayMode};
@@ -22,17 +23,16 @@ use crate::sys::socket::{ListenError, ListenOptions, listen};
 use crate::worker::{self, Listener, Route, Setup, Share};
 
 /// Opens listeners and starts workers.
-pub(super) fn start(config: &Config) -> Result<Running, RunError> {
+pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Running, RunError> {
     refuse_what_is_missing(config)?;
-    let plan = capturing::plan(config);
-    let captures = plan.is_some();
-    plan.map_or(Ok(()), |plan| plan.preflight())?;
+    let captures = prepared.is_some();
+    let records = prepared.and_then(Prepared::records);
     let own_ports = Arc::new(OwnPorts::new(capturing::own_ports(config)));
     refuse_loops(config, &own_ports)?;
     let cpus = cpus(&config.workers)?;
     let share = share(&config.profile.limits, cpus.len());
     refuse_too_many_descriptors(config, share, cpus.len())?;
-    let mut sockets = open_listeners(config, cpus.len())?;
+    let mut sockets = open_listeners(config, records.as_ref(), cpus.len())?;
     let profile = Arc::new(config.profile.clone());
     let port_counts = PortCounts::new();
     let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);
@@ -116,7 +116,11 @@ fn refuse_too_many_descriptors(
 }
 
 /// For each worker its own socket of every listener.
-fn open_listeners(config: &Config, workers: usize) -> Result<Vec<Vec<Listener>>, RunError> {
+fn open_listeners(
+    config: &Config,
+    records: Option<&Arc<Records>>,
+    workers: usize,
+) -> Result<Vec<Vec<Listener>>, RunError> {
     let Profile { limits, sockets, .. } = &config.profile;
     let options = ListenOptions {
         backlog: limits.backlog,
@@ -139,8 +143,21 @@ fn open_listeners(config: &Config, workers: usize) -> Result<Vec<Vec<Listener>>,
             let route = Route::Socket { origin: Origin::InboundTproxy, source: inbound.source };
             worker.push(Listener { fd, name: "inbound".into(), route });
         }
+        let Some((outbound, records)) = config.outbound.as_ref().zip(records) else { continue };
+        for ip in loopbacks() {
+            let options = ListenOptions { mark: Some(OWN_MARK), ..options };
+            let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;
+            let route = Route::Recorded(Arc::clone(records));
+            worker.push(Listener { fd, name: "outbound".into(), route });
+        }
     }
     Ok(all)
+}
+
+/// 127.0.0.1, and ::1 unless IPv6 is switched off.
+fn loopbacks() -> impl Iterator<Item = IpAddr> {
+    let v6 = Path::new("/proc/net/if_inet6").exists();
+    [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].into_iter().take(1 + usize::from(v6))
 }
 
 /// A weir that was killed a moment ago may still hold the port: its ring is torn down behind it.

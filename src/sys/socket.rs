@@ -144,6 +144,29 @@ pub fn is_local_address(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified() || std::net::UdpSocket::bind((ip, 0)).is_ok()
 }
 
+/// The number of the network namespace we are in, as BPF programs see it (`SO_NETNS_COOKIE`,
+/// socket(7), Linux 5.14).
+///
+/// # Errors
+///
+/// `ENOPROTOOPT`: the kernel is older.
+pub fn netns_cookie() -> io::Result<u64> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), None)?;
+    let (mut cookie, mut bytes) = (0u64, SO_NETNS_COOKIE_BYTES);
+    // SAFETY: `socket` is open for the call; the kernel writes at most `bytes` bytes, the size of
+    // `cookie`, and keeps no pointer.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut bytes,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A raw address as the kernel wrote it, canonical; `None` if it is of no IP family.
 #[must_use]
 pub fn address_of(raw: &libc::sockaddr_storage) -> Option<SocketAddr> {
@@ -213,6 +236,7 @@ fn bind_error(addr: SocketAddr, source: io::Error) -> ListenError {
     }
 }
 
+const SO_NETNS_COOKIE_BYTES: libc::socklen_t = 8;
 const NEEDS_NET_ADMIN: &str = " (needs CAP_NET_ADMIN)";
 
 #[cfg(test)]

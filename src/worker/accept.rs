@@ -311,6 +311,7 @@ impl State {
         let Listener { fd, route, .. } = listener;
         let (origin, endpoints) = match &route {
             Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
+            Route::Recorded(_) => (Origin::OutboundConnect, 0),
             Route::Socket { origin, .. } => (*origin, 0),
         };
         let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());

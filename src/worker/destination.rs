@@ -33,14 +33,16 @@ impl Worker {
         let Some(state) = self.listening.states.get(usize::from(listener)) else {
             return Err(Denied::UnknownDestination);
         };
-        let source = match &state.route {
+        let (dst, source) = match &state.route {
             Route::Endpoints { .. } => {
                 return self.endpoint(listener).ok_or(Denied::UnknownDestination);
             }
-            Route::Socket { source, .. } => *source,
+            Route::Recorded(records) => (records.take(downstream), SourceAddress::Own),
+            Route::Socket { source, .. } => {
+                (socket::local_name(fd).ok().map(OriginalDst::new), *source)
+            }
         };
-        let dst = socket::local_name(fd).map_err(|_| Denied::UnknownDestination)?;
-        let dst = OriginalDst::new(dst).addr();
+        let dst = dst.ok_or(Denied::UnknownDestination)?.addr();
         if self.setup.own_ports.forbids(dst) {
             let is_direct = dst.port() == state.port;
             return Err(if is_direct { Denied::Direct } else { Denied::OwnPort });
