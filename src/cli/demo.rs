@@ -20,7 +20,11 @@ pub(super) fn run(seconds: u64) -> Result<(), Failure> {
         let text = "demo makes network namespaces and needs root (`sudo weir demo`)";
         return Err(Failure::Preflight(text.to_owned()));
     }
-    Demo { seconds }.tell().map_err(|refusal| Failure::Failed(format!("demo: {refusal}")))
+    lab::catch_signals().map_err(|error| Failure::Failed(format!("demo: {error}")))?;
+    Demo { seconds }.tell().map_err(|refusal| {
+        let failed = Failure::Failed(format!("demo: {refusal}"));
+        if lab::is_interrupted() { Failure::Interrupted } else { failed }
+    })
 }
 
 struct Demo {

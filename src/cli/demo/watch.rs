@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::lab::{Lab, Place};
+use super::lab::{Lab, Place, is_interrupted};
 use crate::control::client::ask;
 use crate::control::view::FlowView;
 
@@ -33,7 +33,7 @@ pub(super) fn live(lab: &Lab, socket: &Path, seconds: u64, say: &mut dyn FnMut(&
         "{:>6}  {:>10} {:>13}  {:>10} {:>13}  {:>9}",
         "second", "in: flows", "MB/s", "out: flows", "MB/s", "conntrack"
     ));
-    while began.elapsed() < Duration::from_secs(seconds) {
+    while began.elapsed() < Duration::from_secs(seconds) && !is_interrupted() {
         std::thread::sleep(LINE_EVERY);
         let flows = flows(socket);
         let now = (Instant::now(), totals(socket));
