@@ -131,6 +131,15 @@ impl Ring {
 
     /// `io_uring_enter`: submits everything, runs what the kernel has deferred to us, and waits
     /// for `want` events or until `patience` is over.
+    /// Hands over what waits in the submission queue, as the last thing before the ring closes.
+    ///
+    /// # Errors
+    ///
+    /// As `turn`.
+    pub fn finish(&mut self) -> Result<(), RingError> {
+        self.enter(0, None)
+    }
+
     pub(super) fn enter(&mut self, want: u32, patience: Option<Duration>) -> Result<(), RingError> {
         let pending = u32::try_from(self.io.submission().len()).unwrap_or(u32::MAX);
         let timespec = patience.filter(|_| want > 0).map(|patience| {

@@ -57,7 +57,8 @@ impl Worker {
         while !self.is_drained() {
             self.turn()?;
         }
-        Ok(())
+        // What was reset last must be reset, and not merely closed with the ring.
+        self.ring.finish()
     }
 
     fn turn(&mut self) -> Result<(), RingError> {

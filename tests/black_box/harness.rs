@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What every test stands on: namespaces, a running weir, checked payload.
+
+use std::time::{Duration, Instant};
+
+pub(crate) use self::net::{Cgroup, Net, Place, run, said};
+pub(crate) use self::weir::{Weir, config_file, weir};
+pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, receive, send};
+
+mod net;
+mod weir;
+mod words;
+
+/// Waits until `is_so`; fails with `what` if it never is.
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// For anything that should be a matter of milliseconds, on a machine that is busy with others.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A client, a node and a server, each in a network namespace, joined by two cables.
+
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::Scope;
+
+use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Socket, Type};
+
+use super::{PATIENCE, until};
+
+/// The three namespaces of one test; removed on drop, with everything in them.
+pub(crate) struct Net {
+    name: String,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Place {
+    Client,
+    Node,
+    Server,
+}
+
+/// A cgroup of one test, removed on drop.
+pub(crate) struct Cgroup {
+    /// Relative to the mount, as a config wants it.
+    pub(crate) path: String,
+    directory: PathBuf,
+}
+
+impl Net {
+    pub(crate) const CLIENT: [&str; 2] = ["10.98.1.2", "fd98:1::2"];
+    /// The node as the client sees it.
+    pub(crate) const NODE: [&str; 2] = ["10.98.1.1", "fd98:1::1"];
+    pub(crate) const SERVER: [&str; 2] = ["10.98.2.2", "fd98:2::2"];
+
+    /// New namespaces. In the node connection tracking is on, as if others had asked for it.
+    pub(crate) fn new() -> Net {
+        static SWEPT: Once = Once::new();
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        SWEPT.call_once(sweep);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let net = Net { name: format!("{PREFIX}{}-{number}", std::process::id()) };
+        let (client, node, server) = (
+            net.namespace(Place::Client),
+            net.namespace(Place::Node),
+            net.namespace(Place::Server),
+        );
+        for namespace in [&client, &node, &server] {
+            run(&["ip", "netns", "add", namespace]);
+            run(&["ip", "-n", namespace, "link", "set", "lo", "up"]);
+        }
+        let near = [("10.98.1.1/24", "fd98:1::1/64"), ("10.98.2.1/24", "fd98:2::1/64")];
+        let far = [("10.98.1.2/24", "fd98:1::2/64"), ("10.98.2.2/24", "fd98:2::2/64")];
+        for (index, outer) in [&client, &server].into_iter().enumerate() {
+            let name = ["client", "server"][index];
+            let add = ["ip", "-n", outer, "link", "add", "node", "type", "veth"];
+            run(&[&add[..], &["peer", "name", name, "netns", &node]].concat());
+            for (namespace, link, (v4, v6)) in
+                [(&node, name, near[index]), (outer, "node", far[index])]
+            {
+                run(&["ip", "-n", namespace, "addr", "add", v4, "dev", link]);
+                run(&["ip", "-n", namespace, "addr", "add", v6, "dev", link, "nodad"]);
+                run(&["ip", "-n", namespace, "link", "set", link, "up"]);
+            }
+        }
+        net.run(Place::Node, &["nft", CONNTRACK_ON]);
+        net
+    }
+
+    pub(crate) fn namespace(&self, place: Place) -> String {
+        format!("{}-{}", self.name, format!("{place:?}").to_lowercase())
+    }
+
+    /// A command that will run in `place`.
+    pub(crate) fn command(&self, place: Place, program: &str) -> Command {
+        // Not `ip netns exec`: that hides cgroup v2 behind a new /sys.
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespace(place))).arg(program);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    pub(crate) fn output(&self, place: Place, words: &[&str]) -> Output {
+        self.command(place, words[0]).args(&words[1..]).output().expect(words[0])
+    }
+
+    /// What a program that must succeed printed.
+    pub(crate) fn run(&self, place: Place, words: &[&str]) -> String {
+        let output = self.output(place, words);
+        assert!(output.status.success(), "{words:?}: {}", said(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Does `work` in `place`: sockets stay where they were made.
+    pub(crate) fn within<T: Send>(&self, place: Place, work: impl FnOnce() -> T + Send) -> T {
+        let path = format!("/run/netns/{}", self.namespace(place));
+        std::thread::scope(|scope: &Scope<'_, '_>| {
+            let inner = || {
+                setns(File::open(path).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            };
+            scope.spawn(inner).join().unwrap()
+        })
+    }
+
+    pub(crate) fn listen(&self, place: Place, addr: &str) -> TcpListener {
+        let addr: SocketAddr = addr.parse().unwrap();
+        self.within(place, || {
+            let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&addr.into()).unwrap();
+            socket.listen(4096).unwrap();
+            socket.into()
+        })
+    }
+
+    pub(crate) fn connect(&self, place: Place, addr: &str) -> TcpStream {
+        self.try_connect(place, addr).unwrap()
+    }
+
+    pub(crate) fn try_connect(&self, place: Place, addr: &str) -> std::io::Result<TcpStream> {
+        let addr: SocketAddr = addr.parse().unwrap();
+        let stream = self.within(place, || TcpStream::connect_timeout(&addr, PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        Ok(stream)
+    }
+
+    pub(crate) fn set(&self, place: Place, sysctl: &str) {
+        self.run(place, &["sysctl", "-qw", sysctl]);
+    }
+
+    /// Entries in the node's connection tracking table.
+    pub(crate) fn conntrack(&self) -> String {
+        self.run(Place::Node, &["conntrack", "-L"])
+    }
+
+    /// TCP sockets of the node that are not in TIME_WAIT, without the listeners.
+    pub(crate) fn sockets(&self) -> String {
+        let words = ["ss", "-Htan", "state", "connected", "exclude", "time-wait"];
+        self.run(Place::Node, &words)
+    }
+
+    /// Nothing of weir is left in the node but sockets in TIME_WAIT.
+    pub(crate) fn is_clean(&self) -> bool {
+        let is_own_table = |line: &str| line == "table inet weir";
+        !self.run(Place::Node, &["nft", "list", "tables"]).lines().any(is_own_table)
+            && ["-4", "-6"].iter().all(|family| {
+                !self.run(Place::Node, &["ip", family, "rule"]).contains("lookup 133")
+            })
+            && self.sockets().is_empty()
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        remove(&self.name);
+    }
+}
+
+impl Cgroup {
+    /// An empty one.
+    pub(crate) fn new() -> Cgroup {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = format!("/{PREFIX}{}-{number}", std::process::id());
+        let directory = mount().join(&path[1..]);
+        fs::create_dir(&directory).unwrap();
+        Cgroup { path, directory }
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// A command that will run in the cgroup and in `place`.
+    pub(crate) fn command(&self, net: &Net, place: Place, words: &[&str]) -> Command {
+        let join = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.directory.display());
+        let mut command = net.command(place, "sh");
+        command.args(["-c", &join, "sh"]).args(words);
+        command
+    }
+
+    pub(crate) fn output(&self, net: &Net, words: &[&str]) -> Output {
+        self.command(net, Place::Node, words).output().unwrap()
+    }
+
+    /// Programs attached to it, as bpftool lists them.
+    pub(crate) fn programs(&self) -> String {
+        run(&["bpftool", "cgroup", "show", self.directory.to_str().unwrap()])
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A cgroup is busy until the last of its processes is reaped.
+        for _ in 0..400 {
+            if fs::remove_dir(&self.directory).is_ok() || !self.directory.exists() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+/// What a program that must succeed printed.
+pub(crate) fn run(words: &[&str]) -> String {
+    let output = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).output();
+    let output = output.expect(words[0]);
+    assert!(output.status.success(), "{words:?}: {}", said(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// What it wrote to stderr.
+pub(crate) fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Where cgroup v2 is mounted.
+fn mount() -> PathBuf {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = table.lines().find(|line| line.contains(" - cgroup2 ")).expect("cgroup v2");
+    line.split(' ').nth(4).unwrap().into()
+}
+
+/// What test runs that were killed have left.
+fn sweep() {
+    let entries = |place: PathBuf| fs::read_dir(place).into_iter().flatten().flatten();
+    let is_dead = |name: &str| {
+        let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+    };
+    for entry in entries("/run/netns".into()) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_dead(&name)
+            && let Some((net, _)) = name.rsplit_once('-')
+        {
+            remove(net);
+        }
+    }
+    for entry in entries(mount()) {
+        if is_dead(&entry.file_name().to_string_lossy()) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// Ends what still runs in the namespaces, which are nobody else's, and removes them.
+fn remove(name: &str) {
+    for place in ["client", "node", "server"] {
+        let namespace = format!("{name}-{place}");
+        if !Path::new("/run/netns").join(&namespace).exists() {
+            continue;
+        }
+        let pids = || {
+            let output = Command::new("ip").args(["netns", "pids", &namespace]).output().unwrap();
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        for pid in pids().split_whitespace() {
+            // The test's own threads are in the namespace only while they work there.
+            if pid != std::process::id().to_string() {
+                let _ = Command::new("kill").args(["-9", pid]).output();
+            }
+        }
+        if !std::thread::panicking() {
+            let own = std::process::id().to_string();
+            until("programs in the namespace end", || {
+                pids().split_whitespace().all(|pid| pid == own)
+            });
+        }
+        let _ = Command::new("ip").args(["netns", "del", &namespace]).output();
+    }
+}
+
+/// Names begin so, and then comes the process id.
+const PREFIX: &str = "weir-test-";
+const CONNTRACK_ON: &str = "table inet others { chain input { type filter hook input priority 0; \
+                            ct state new counter; }; }";

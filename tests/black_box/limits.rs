@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Upstreams that do not answer, queues that overflow, work that spreads.
+
+use std::collections::BTreeMap;
+
+use crate::harness::{Net, Place, Weir, check, echo, expect_reset, said, send, until};
+
+const LISTEN: &str = "10.98.1.1:7000";
+const SERVER: &str = "10.98.2.2:7001";
+
+/// RS6: refused, unreachable and black-holed upstreams reset the downstream and are counted.
+#[test]
+fn dead_upstream_resets_the_downstream_and_is_counted() {
+    let net = Net::new();
+    // Nobody has this address: the node's neighbour table gives up (EHOSTUNREACH).
+    let unreachable = "10.98.2.77:7001";
+    let black_hole = "10.98.2.2:7002";
+    let drop_it =
+        "table inet cut { chain c { type filter hook input priority 0; tcp dport 7002 drop; }; }";
+    net.run(Place::Server, &["nft", drop_it]);
+    let profile = "summary: a test\ninclude: balanced\ntimeouts: { connect_ms: 6000 }\n";
+    for (upstream, reasons) in [
+        (SERVER, vec!["connect_refused"]),
+        (unreachable, vec!["connect_unreachable"]),
+        (black_hole, vec!["connect_timeout"]),
+    ] {
+        let weir = Weir::forward_with(&net, profile, &["--listen", LISTEN, "--to", upstream]);
+        let mut stream = net.connect(Place::Client, LISTEN);
+        expect_reset(&mut stream);
+        let reason = format!("reason=\"{}\"", reasons[0]);
+        assert_eq!(weir.closed(reasons[0]), 1, "{upstream}");
+        assert_eq!(weir.metric("weir_connect_failed_total", &[&reason]), 1, "{upstream}");
+        drop(stream);
+        weir.end(&net);
+    }
+}
+
+/// RS5: an accept queue that overflowed loses nobody who is patient.
+#[test]
+fn overflowing_accept_queue_serves_everybody_in_the_end() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let profile = "summary: a test\ninclude: balanced\nlimits: { backlog: 4, flows_max: 4 }\n";
+    let weir = Weir::forward_with(&net, profile, &["--listen", LISTEN, "--to", SERVER]);
+    echo(listener);
+    let net = &net;
+    std::thread::scope(|scope| {
+        for seed in 0..40 {
+            scope.spawn(move || {
+                let mut stream = net.connect(Place::Client, LISTEN);
+                send(&mut stream, seed, 1000).unwrap();
+                check(&mut stream, seed, 1000);
+            });
+        }
+    });
+    assert_eq!(weir.opened(), 40);
+    weir.end(net);
+}
+
+/// RS7: connections spread over the workers.
+#[test]
+fn connections_spread_over_the_workers() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let weir = Weir::forward(&net, &["--workers", "2", "--listen", LISTEN, "--to", SERVER]);
+    let flows: Vec<_> = (0..2000).map(|_| net.connect(Place::Client, LISTEN)).collect();
+    until("all are flows", || weir.active() == 2000);
+    let mut workers: BTreeMap<u64, u32> = BTreeMap::new();
+    for flow in weir.flows() {
+        *workers.entry(flow["id"].as_u64().unwrap() >> 56).or_default() += 1;
+    }
+    assert_eq!(workers.values().sum::<u32>(), 2000);
+    assert!(workers.len() == 2 && workers.values().all(|flows| *flows < 1300), "{workers:?}");
+    drop((flows, listener));
+    weir.end(&net);
+}
+
+/// Limits that cannot be kept are refused with the number that is needed.
+#[test]
+fn too_few_descriptors_are_refused_with_the_number_needed() {
+    let net = Net::new();
+    let words = ["sh", "-c", "ulimit -n 500 && exec \"$@\"", "sh", crate::harness::weir()];
+    let forward = ["forward", "--workers", "1", "--listen", LISTEN, "--to", SERVER];
+    let output = net.output(Place::Node, &[&words[..], &forward[..]].concat());
+    assert_eq!(output.status.code(), Some(4));
+    assert!(
+        said(&output).contains("RLIMIT_NOFILE of at least 18000, and it is 500"),
+        "{}",
+        said(&output)
+    );
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+//! weir from outside: the real binary between real sockets, in network namespaces of its own.
+//!
+//! Each test is named by the fact it holds; its comment names the rows of the failure catalogue.
+//! They need root, and leave nothing behind.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+mod copy;
+mod harness;
+mod inbound;
+mod life;
+mod limits;
+mod outbound;
+mod peers;
+mod ring;

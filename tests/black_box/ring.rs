@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The kernel's side: refused rings, starved buffers, reused slots, sudden death.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Output};
+use std::thread::scope;
+
+use socket2::SockRef;
+
+use crate::harness::{Net, Place, Random, Weir, check, echo, expect_eof, said, send, until, weir};
+
+const LISTEN: &str = "10.98.1.1:7000";
+const SERVER: &str = "10.98.2.2:7001";
+const FORWARD: [&str; 4] = ["--listen", LISTEN, "--to", SERVER];
+
+/// Runs `weir forward` under a seccomp filter that answers io_uring_setup with `errno`.
+fn refused(errno: u32) -> Output {
+    // A filter of four instructions (linux/filter.h): load the number of the call, compare it with
+    // io_uring_setup (425 everywhere), and return SECCOMP_RET_ERRNO or SECCOMP_RET_ALLOW.
+    let script = r#"
+        my ($errno, @program) = @ARGV;
+        my $prctl = `uname -m` =~ /x86_64/ ? 157 : 167;
+        my $filter = pack("SCCL" x 4, 0x20,0,0,0, 0x15,0,1,425, 0x06,0,0,0x50000|$errno, 0x06,0,0,0x7fff0000);
+        my $list = pack("Sx6P", 4, $filter);
+        syscall($prctl, 38, 1, 0, 0, 0) == 0 or die "no_new_privs: $!";
+        syscall($prctl, 22, 2, $list) == 0 or die "seccomp: $!";
+        exec @program or die "exec: $!";
+    "#;
+    let arguments = ["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2"];
+    Command::new("perl")
+        .args(["-e", script, "--", &errno.to_string(), weir()])
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// IO1: one clear line, exit code 4, whatever the sandbox answers.
+#[test]
+fn refused_ring_is_one_clear_line() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let output = refused(errno.cast_unsigned());
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(4), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains("io_uring") && text.contains("seccomp"), "{text}");
+    }
+}
+
+/// IO3, IO10: far too few buffers for everybody: all wait their turn and nobody loses a byte.
+#[test]
+fn starved_flows_wait_and_lose_nothing() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let profile = "summary: a test\nring: { entries: 64, completions: 128, spin_us: 0 }\n\
+                   buffers: { small_count: 4, small_bytes: 4096, bulk_count: 2, bulk_bytes: 8192 }\n\
+                   relay: { segments_max: 2, window_bytes: 8192, bulk_after_bytes: 16384 }\n\
+                   sockets: { send_buffer_bytes: 4608, receive_buffer_bytes: 4608 }\n";
+    let weir = Weir::forward_with(&net, profile, &FORWARD);
+    echo(listener);
+    scope(|scope| {
+        for seed in 0..100 {
+            let stream = net.connect(Place::Client, LISTEN);
+            scope.spawn(move || {
+                let mut reader = stream.try_clone().unwrap();
+                let mut writer = stream;
+                let sender = std::thread::spawn(move || {
+                    send(&mut writer, seed, 300_000).unwrap();
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                check(&mut reader, seed, 300_000);
+                expect_eof(&mut reader);
+                sender.join().unwrap();
+            });
+        }
+    });
+    assert!(weir.metric("weir_buffers_exhausted_total", &[]) > 0, "the pools were tight");
+    weir.end(&net);
+}
+
+/// IO3: while everybody waits for buffers that nobody gives back, the worker sleeps.
+#[test]
+fn starved_worker_does_not_spin() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let profile = "summary: a test\nring: { spin_us: 0 }\n\
+                   buffers: { small_count: 2, small_bytes: 4096, bulk_count: 2, bulk_bytes: 4096 }\n\
+                   relay: { segments_max: 2, window_bytes: 4096, bulk_after_bytes: 1000000000 }\n\
+                   sockets: { send_buffer_bytes: 4608 }\n";
+    let weir = Weir::forward_with(&net, profile, &FORWARD);
+    let mut pairs = Vec::new();
+    for _ in 0..20 {
+        let client = net.connect(Place::Client, LISTEN);
+        let (server, _) = listener.accept().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut writer = &client;
+        // Until the socket is full: nobody reads at the other end.
+        while writer.write(&[1; 65536]).is_ok() {}
+        pairs.push((client, server));
+    }
+    let enters = || weir.metric("weir_ring_enters_total", &[]);
+    let mut last = enters();
+    until("the worker comes to rest", || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let now = enters();
+        // Asking costs the worker nothing; a timer or two may fire.
+        let rests = now - last < 20;
+        last = now;
+        rests
+    });
+    drop(pairs);
+    weir.end(&net);
+}
+
+/// IO5: slots change hands all the time, and no byte gets into the wrong ones.
+#[test]
+fn reused_slots_never_mix_flows() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let profile = "summary: a test\ninclude: balanced\nlimits: { flows_max: 8 }\n";
+    let weir = Weir::forward_with(&net, profile, &FORWARD);
+    echo(listener);
+    let net = &net;
+    scope(|scope| {
+        for thread in 0..6u64 {
+            scope.spawn(move || {
+                let mut random = Random::new(thread);
+                for round in 0..100 {
+                    let seed = thread * 1000 + round;
+                    let bytes = random.below(20_000) + 1;
+                    let mut stream = net.connect(Place::Client, LISTEN);
+                    send(&mut stream, seed, bytes).unwrap();
+                    if random.below(3) == 0 {
+                        // Away with answers still on their way.
+                        let linger = Some(std::time::Duration::ZERO);
+                        SockRef::from(&stream).set_linger(linger).unwrap();
+                        continue;
+                    }
+                    check(&mut stream, seed, bytes);
+                }
+            });
+        }
+    });
+    assert_eq!(weir.opened(), 600);
+    weir.end(net);
+}
+
+/// IO6: a weir that died in the middle of its work leaves its port to the next one.
+#[test]
+fn port_of_a_killed_weir_is_taken_over_at_once() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    echo(listener);
+    for seed in 0..10 {
+        let weir = Weir::forward(&net, &FORWARD);
+        let mut streams: Vec<_> = (0..50).map(|_| net.connect(Place::Client, LISTEN)).collect();
+        for stream in &mut streams {
+            send(stream, seed, 1000).unwrap();
+            check(stream, seed, 1000);
+        }
+        weir.kill();
+        for mut stream in streams {
+            // FIN or RST, but not silence.
+            let _ = stream.read(&mut [0; 1]);
+        }
+    }
+}
+
+/// IO8: what the kernel had accepted when the drain began is served to its end.
+#[test]
+fn connection_accepted_before_a_drain_is_served() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let mut weir = Weir::forward(&net, &FORWARD);
+    echo(listener);
+    let mut served = Vec::new();
+    for seed in 0..200 {
+        if seed == 100 {
+            weir.signal(nix::sys::signal::Signal::SIGTERM);
+        }
+        let Ok(mut stream) = net.try_connect(Place::Client, LISTEN) else { break };
+        if send(&mut stream, seed, 100).is_ok() {
+            served.push((stream, seed));
+        }
+    }
+    let mut whole = 0;
+    for (mut stream, seed) in served {
+        // Those that the listener never handed over are reset; no answer is cut short.
+        let mut answer = Vec::new();
+        let _ = stream.shutdown(Shutdown::Write);
+        if stream.read_to_end(&mut answer).is_ok() {
+            check(&mut answer.as_slice(), seed, 100);
+            whole += 1;
+        }
+    }
+    assert!(whole >= 100, "only {whole} of those before the drain were served");
+    assert_eq!(weir.wait().code(), Some(0));
+}
+
+/// RS1, IO3: with no descriptor left accept pauses, flows go on, and it recovers by itself.
+#[test]
+fn accept_pauses_without_descriptors_and_recovers() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    echo(listener);
+    // A limit for each source needs addresses, so connections come as descriptors.
+    let place = tempfile::TempDir::new().unwrap();
+    let profile = place.path().join("small.yaml");
+    let text = "summary: a test\nlimits: { flows_max: 6, flows_per_source_max: 5 }\n";
+    std::fs::write(&profile, text).unwrap();
+    let arguments = [&FORWARD[..], &["--profile", profile.to_str().unwrap()]].concat();
+    let usual = Weir::forward(&net, &arguments);
+    // The one above what it needs is taken by somebody who asks and does not go away.
+    let limit = usual.next_descriptor() + 1;
+    usual.end(&net);
+    let starter = ["prlimit", &format!("--nofile={limit}:{limit}")];
+    let weir = Weir::under(&net, &starter, &arguments);
+    let mut first = net.connect(Place::Client, LISTEN);
+    send(&mut first, 1, 10).unwrap();
+    check(&mut first, 1, 10);
+    let asking = UnixStream::connect(weir.socket()).unwrap();
+    until("no descriptor is left", || weir.next_descriptor() == limit);
+    let mut waiting = net.connect(Place::Client, LISTEN);
+    send(&mut waiting, 2, 10).unwrap();
+    // The second number is the length of the accept queue.
+    let queue = ["ss", "-Hltn", "sport", "=", ":7000"];
+    until("it waits in the accept queue", || {
+        net.run(Place::Node, &queue).split_whitespace().nth(1) == Some("1")
+    });
+    send(&mut first, 3, 10).unwrap();
+    check(&mut first, 3, 10);
+    drop(asking);
+    check(&mut waiting, 2, 10);
+    assert!(weir.metric("weir_accept_paused_total", &[]) > 0);
+    drop((first, waiting));
+    weir.end(&net);
+}
