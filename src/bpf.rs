@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use ipnet::IpNet;
 use crate::sys::cgroup::{self, CgroupError};
 use crate::sys::socket::netns_cookie;
 
-pub use records::Records;
+pub use records::{Losses, Records};
 
 mod records;
 
@@ -51,20 +52,10 @@ pub struct HookPlan {
 /// Loaded programs, attached or not. Dropping it detaches them.
 pub struct ConnectHook {
     bpf: Ebpf,
+    /// To which the programs are attached.
     cgroup: File,
-    losses: Array<MapData, u64>,
+    path: PathBuf,
     records: Arc<Records>,
-}
-
-/// Connections that were lost at the hook, by reason.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Losses {
-    /// A source port was used again before its last record was taken: both are reset.
-    pub record_clash: u64,
-    /// More connections wait than `records_max`: reset at accept.
-    pub records_full: u64,
-    /// No memory to remember the destination: the connect was refused.
-    pub storage: u64,
 }
 
 /// Why there is no hook.
@@ -130,18 +121,28 @@ impl ConnectHook {
         for (program, _) in PROGRAMS {
             load_program(&mut bpf, program)?;
         }
-        let records = Arc::new(Records::new(records_of(&mut bpf)?));
+        let records = records_of(&mut bpf)?;
         let losses = Array::try_from(taken(&mut bpf, "losses")?).map_err(map_error("losses"))?;
-        Ok(ConnectHook { bpf, cgroup, losses, records })
+        let (path, records) = (plan.cgroup.clone(), Arc::new(Records::new(records, losses)));
+        Ok(ConnectHook { bpf, cgroup, path, records })
     }
 
-    /// Begins to take connects. What makes records and names goes before what redirects.
+    /// Begins to take connects, and begins again with a cgroup that was made anew. What makes
+    /// records and names goes before what redirects.
     ///
     /// # Errors
     ///
     /// The kernel refuses to attach a program; those before it stay until the hook is dropped.
     pub fn attach(&mut self) -> Result<(), HookError> {
+        self.cgroup = cgroup::open(&self.path)?;
         PROGRAMS.iter().try_for_each(|(program, _)| self.attach_program(program))
+    }
+
+    /// The cgroup to which the programs are attached is still the one at its path.
+    #[must_use]
+    pub fn stands(&self) -> bool {
+        let inode = |file: &File| file.metadata().map(|metadata| metadata.ino()).ok();
+        cgroup::open(&self.path).is_ok_and(|now| inode(&now) == inode(&self.cgroup))
     }
 
     /// Takes no more connects; those taken keep the peer name that the application dialled.
@@ -159,14 +160,6 @@ impl ConnectHook {
     #[must_use]
     pub fn records(&self) -> Arc<Records> {
         Arc::clone(&self.records)
-    }
-
-    /// What was lost so far.
-    #[must_use]
-    pub fn losses(&self) -> Losses {
-        // Reading an array element that exists does not fail.
-        let loss = |index| self.losses.get(&index, 0).unwrap_or_default();
-        Losses { records_full: loss(0), record_clash: loss(1), storage: loss(2) }
     }
 
     fn attach_program(&mut self, name: &'static str) -> Result<(), HookError> {
@@ -190,7 +183,7 @@ impl ConnectHook {
 
 impl std::fmt::Debug for ConnectHook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConnectHook").field("losses", &self.losses()).finish_non_exhaustive()
+        f.debug_struct("ConnectHook").field("cgroup", &self.cgroup).finish_non_exhaustive()
     }
 }
 

@@ -169,20 +169,27 @@ impl Capture {
         }
     }
 
-    /// Puts back what somebody has taken away: the nft child may have been killed. `None` if
-    /// nothing is missing.
-    pub fn mend(&mut self) -> Option<Result<(), CaptureError>> {
-        if self.table.as_mut().is_some_and(nft::Table::stands) {
-            return None;
+    /// Puts back what somebody has taken away, and says what it was. `None`: nothing is missing.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be put back.
+    pub fn mend(&mut self) -> Option<(&'static str, Result<(), CaptureError>)> {
+        if !self.table.as_mut().is_some_and(nft::Table::stands) {
+            self.table = None;
+            let table = nft::Table::install(&self.plan.nft_text());
+            return Some(("nft table", table.map(|table| self.table = Some(table))));
         }
-        self.table = None;
-        Some(nft::Table::install(&self.plan.nft_text()).map(|table| self.table = Some(table)))
-    }
-
-    /// What the hook has lost so far.
-    #[must_use]
-    pub fn losses(&self) -> Losses {
-        self.hook.as_ref().map(ConnectHook::losses).unwrap_or_default()
+        if self.plan.keeps_source() && !self.routes.as_ref().is_some_and(route::Routes::stand) {
+            // What is half there is put right, not removed first: flows need it.
+            if let Some(routes) = self.routes.take() {
+                std::mem::forget(routes);
+            }
+            let routes = route::Routes::install();
+            return Some(("fwmark rule", routes.map(|routes| self.routes = Some(routes))));
+        }
+        let hook = self.hook.as_mut().filter(|hook| !hook.stands())?;
+        Some(("workload's cgroup", hook.attach().map_err(CaptureError::from)))
     }
 }
 

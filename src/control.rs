@@ -7,6 +7,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,9 +15,10 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use crate::capture::{CaptureError, Plan};
+use crate::capture::{CaptureError, Plan, Records};
 use crate::config::Config;
 use crate::profile::Profile;
+use crate::ring::Fallback;
 use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
@@ -75,9 +77,27 @@ pub enum RunError {
         /// Of the listener.
         name: String,
     },
+    /// The ring cannot bind.
+    #[error(
+        "inbound.source keep needs to bind sockets in the ring, which this kernel cannot do (Linux \
+         6.11 or newer, or `source: own`)"
+    )]
+    NoBind,
     /// Something asked for is not in this version.
     #[error("{0}")]
     NotYet(String),
+    /// One is enough.
+    #[error(
+        "weir runs already: process {pid} answers at {} (stop it, or give this one an \
+         admin.socket of its own)",
+        path.display()
+    )]
+    Second {
+        /// The admin socket.
+        path: PathBuf,
+        /// Of the one that runs.
+        pid: i32,
+    },
     /// The control thread's own runtime.
     #[error("start the control thread: {0}")]
     Runtime(io::Error),
@@ -108,6 +128,8 @@ struct Running {
     /// Rung when somebody asks to drain.
     bell: Notify,
     profile: Arc<Profile>,
+    /// Of the connect hook, if there is one.
+    records: Option<Arc<Records>>,
     workers: Vec<Handle>,
 }
 
@@ -127,13 +149,21 @@ pub fn run(config: Config) -> Result<(), RunError> {
 async fn serve(config: Config) -> Result<(), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
+    let mut admin = admin::Bound::open(&config.admin)?;
     let prepared = capturing::plan(&config).map(Plan::prepare).transpose()?;
     let running = Arc::new(start::start(&config, prepared.as_ref())?);
-    admin::serve(&config.admin, &running)?;
+    admin.serve(&running);
     // Last of all: what is taken now must be served.
     let capturing = prepared.map(|prepared| Capturing::install(prepared, &running));
     let mut capturing = capturing.transpose()?;
+    for (index, worker) in running.workers.iter().enumerate() {
+        for Fallback { from, since, to } in worker.features().fallbacks() {
+            let text = "this kernel lacks a better way";
+            tracing::warn!(worker = index, from, to, linux = since, "{text}");
+        }
+    }
     tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
         workers = running.workers.len(),
         profile = %running.profile.name,
         "weir forwards"
@@ -143,8 +173,10 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let interrupted = running.until_over(&mut signals, capturing.as_mut()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(capturing);
-    admin::remove(&config.admin);
-    finish(running, interrupted)
+    drop(admin);
+    let result = finish(running, interrupted);
+    tracing::info!("weir ends");
+    result
 }
 
 /// Waits for the workers' threads, unless somebody is in a hurry.

@@ -32,3 +32,5 @@ pub mod yaml;
 pub mod cli;
 #[cfg(feature = "control")]
 pub mod control;
+#[cfg(feature = "control")]
+pub mod log;

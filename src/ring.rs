@@ -26,7 +26,7 @@ use spin::Spin;
 use turn::{Again, CANCEL, DESCRIPTOR};
 
 pub use dial::{DialOptions, Marks};
-pub use probe::Features;
+pub use probe::{Fallback, Features};
 pub use setup::{RingError, Setup};
 pub use turn::{Batch, Event};
 

@@ -133,6 +133,7 @@ pub struct FlowRow {
 pub struct Handle {
     counters: Arc<Counters>,
     features: Features,
+    index: u16,
     mailbox: Arc<Mailbox>,
     thread: JoinHandle<Result<(), RingError>>,
 }
@@ -183,7 +184,7 @@ impl Handle {
     ///
     /// What stopped the loop.
     pub fn join(self) -> Result<(), WorkerError> {
-        let index = 0;
+        let index = self.index;
         match self.thread.join() {
             Ok(result) => result.map_err(|source| WorkerError::Ring { index, source }),
             Err(_) => Err(WorkerError::Panicked { index }),
@@ -249,7 +250,7 @@ pub fn spawn(setup: Setup) -> Result<Handle, WorkerError> {
     };
     let thread = Builder::new().name(format!("weir-w{index}")).spawn(run).map_err(failed)?;
     match opened.recv() {
-        Ok(Ok(features)) => Ok(Handle { counters, features, mailbox, thread }),
+        Ok(Ok(features)) => Ok(Handle { counters, features, index, mailbox, thread }),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(WorkerError::Panicked { index }),
     }

@@ -140,6 +140,9 @@ fn flows_are_listed_and_drain_waits_for_them() {
     assert_eq!(flows.as_array().map(Vec::len), Some(1));
     assert_eq!(flows[0]["direction"], "forward");
     assert_eq!(flows[0]["upstream"], upstream.local_addr().unwrap().to_string());
+    // Connections made while the drain begins end with it.
+    let others = upstream.try_clone().unwrap();
+    std::thread::spawn(move || others.incoming().for_each(drop));
     assert!(running.ask(&["drain"]).status.success());
     // Refused from now on, while the open flow goes on.
     let began = Instant::now();

@@ -140,14 +140,15 @@ fn links_of_the_docs_lead_somewhere() {
 }
 
 /// Who may use whom; leaves are allowed to everybody above them.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("addr", &[]),
     ("bpf", &["sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
-    ("cli", &["capture", "control", "config", "profile", "sys", "yaml"]),
+    ("cli", &["capture", "control", "config", "log", "profile", "sys", "yaml"]),
     ("config", &["profile", "yaml", "addr"]),
     ("control", &["worker", "capture", "config", "profile", "sys", "metrics", "op", "ring"]),
     ("flow", &["op", "profile"]),
+    ("log", &[]),
     ("metrics", &["op"]),
     ("op", &[]),
     ("profile", &["yaml"]),

@@ -6,14 +6,25 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 
-use aya::maps::MapData;
+use aya::maps::{Array, MapData};
 
 use crate::addr::{Downstream, OriginalDst};
 
 /// The hook's records. Shared by all workers; the kernel's map is the only lock.
-#[derive(Debug)]
 pub struct Records {
+    losses: Array<MapData, u64>,
     map: MapData,
+}
+
+/// Connections that were lost at the hook, by reason.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Losses {
+    /// A source port was used again before its last record was taken: both are reset.
+    pub record_clash: u64,
+    /// More connections wait than there is room for records: reset at accept.
+    pub records_full: u64,
+    /// No memory to remember the destination: the connect was refused.
+    pub storage: u64,
 }
 
 /// `struct record_key` of shared.h.
@@ -44,9 +55,23 @@ struct ElementCommand {
     flags: u64,
 }
 
+impl std::fmt::Debug for Records {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Records").field("map", &self.map).finish_non_exhaustive()
+    }
+}
+
 impl Records {
-    pub(super) const fn new(map: MapData) -> Records {
-        Records { map }
+    pub(super) const fn new(map: MapData, losses: Array<MapData, u64>) -> Records {
+        Records { losses, map }
+    }
+
+    /// What was lost so far.
+    #[must_use]
+    pub fn losses(&self) -> Losses {
+        // In the order of `enum loss` in shared.h. Reading an element that exists does not fail.
+        let loss = |index| self.losses.get(&index, 0).unwrap_or_default();
+        Losses { records_full: loss(0), record_clash: loss(1), storage: loss(2) }
     }
 
     /// Where the connection that came from `downstream` meant to go, and forgets it. `None`: nobody

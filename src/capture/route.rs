@@ -46,6 +46,18 @@ impl Routes {
     }
 }
 
+impl Routes {
+    /// Nobody has removed them.
+    pub(super) fn stand(&self) -> bool {
+        let (mark, table) = (mark(), ROUTE_TABLE.to_string());
+        families().all(|family| {
+            let rule = ip(family, &["rule", "show", "fwmark", &mark, "table", &table]);
+            let route = ip(family, &["route", "show", "table", &table]);
+            [rule, route].into_iter().all(|shown| shown.is_ok_and(|text| !text.trim().is_empty()))
+        })
+    }
+}
+
 impl Drop for Routes {
     fn drop(&mut self) {
         for family in families() {

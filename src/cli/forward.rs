@@ -5,9 +5,9 @@ use std::path::Path;
 
 use super::{Failure, Forward};
 use crate::config::{self, Admin, Balance, Config, OnExit, Workers};
-use crate::control;
 use crate::profile::Profile;
 use crate::yaml::nearest;
+use crate::{control, log};
 
 pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
     let mut profile = profile(&arguments.profile)?;
@@ -28,6 +28,7 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
         profile,
         workers: arguments.workers.map_or(Workers::Auto, Workers::Count),
     };
+    log::start();
     Ok(control::run(config)?)
 }
 

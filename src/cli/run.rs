@@ -5,10 +5,12 @@ use std::path::Path;
 
 use super::{Failure, print};
 use crate::config::Config;
-use crate::control;
+use crate::{control, log};
 
 pub(super) fn run(file: &Path) -> Result<(), Failure> {
-    Ok(control::run(load(file)?)?)
+    let config = load(file)?;
+    log::start();
+    Ok(control::run(config)?)
 }
 
 pub(super) fn check(file: &Path) -> Result<(), Failure> {

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,51 +23,68 @@ use super::{RunError, Running, exposition};
 use crate::config::Admin;
 use crate::worker::FlowRow;
 
-/// Opens what was asked for and serves it beside the caller.
-pub(super) fn serve(admin: &Admin, running: &Arc<Running>) -> Result<(), RunError> {
-    if let Some(path) = &admin.socket {
-        let listener = bind(path).map_err(|source| RunError::Admin {
-            cure: cure(&source),
-            place: path.display().to_string(),
-            source,
-        })?;
-        let router = read_only().route("/drain", post(drain)).with_state(Arc::clone(running));
-        tokio::spawn(axum::serve(Guarded(listener), router).into_future());
-    }
-    if let Some(addr) = admin.http {
-        let failed =
-            |source| RunError::Admin { cure: cure(&source), place: addr.to_string(), source };
-        let listener = std::net::TcpListener::bind(addr).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let listener = TcpListener::from_std(listener).map_err(failed)?;
-        let router = read_only().with_state(Arc::clone(running));
-        tokio::spawn(axum::serve(listener, router).into_future());
-    }
-    Ok(())
+/// What was asked for, open and not served yet: whoever asks waits. First of all at a start, so
+/// that a second weir stops before it has done anything. Dropping it takes the file away.
+pub(super) struct Bound {
+    http: Option<TcpListener>,
+    path: Option<PathBuf>,
+    socket: Option<UnixListener>,
 }
 
-/// Takes the socket's file away; it may be gone already.
-pub(super) fn remove(admin: &Admin) {
-    if let Some(path) = &admin.socket {
-        let _ = std::fs::remove_file(path);
+impl Bound {
+    pub(super) fn open(admin: &Admin) -> Result<Bound, RunError> {
+        let mut bound = Bound { http: None, path: None, socket: None };
+        if let Some(path) = &admin.socket {
+            refuse_second(path)?;
+            let failed = |source| refused(path.display().to_string(), source);
+            bound.socket = Some(bind(path).map_err(failed)?);
+            bound.path = Some(path.clone());
+        }
+        if let Some(addr) = admin.http {
+            let failed = |source| refused(addr.to_string(), source);
+            let listener = std::net::TcpListener::bind(addr).map_err(failed)?;
+            listener.set_nonblocking(true).map_err(failed)?;
+            bound.http = Some(TcpListener::from_std(listener).map_err(failed)?);
+        }
+        Ok(bound)
+    }
+
+    /// Answers beside the caller.
+    pub(super) fn serve(&mut self, running: &Arc<Running>) {
+        if let Some(listener) = self.socket.take() {
+            let router = read_only().route("/drain", post(drain)).with_state(Arc::clone(running));
+            tokio::spawn(axum::serve(Guarded(listener), router).into_future());
+        }
+        if let Some(listener) = self.http.take() {
+            let router = read_only().with_state(Arc::clone(running));
+            tokio::spawn(axum::serve(listener, router).into_future());
+        }
     }
 }
 
-fn read_only() -> Router<Arc<Running>> {
-    Router::new()
-        .route("/flows", get(flows))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .route("/metrics", get(metrics))
-        .route("/readyz", get(readyz))
-        .route("/status", get(status))
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // It may be gone already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
-/// A socket file that nobody listens on is left over from a weir that was killed: replaced. One
-/// that answers belongs to a running weir: refused.
+/// A socket that answers belongs to a running weir.
+fn refuse_second(path: &Path) -> Result<(), RunError> {
+    let Ok(other) = std::os::unix::net::UnixStream::connect(path) else { return Ok(()) };
+    let peer = nix::sys::socket::getsockopt(&other, nix::sys::socket::sockopt::PeerCredentials);
+    let pid = peer.map_or(0, |peer| peer.pid());
+    Err(RunError::Second { path: path.to_owned(), pid })
+}
+
+fn refused(place: String, source: io::Error) -> RunError {
+    RunError::Admin { cure: cure(&source), place, source }
+}
+
+/// A socket file that nobody listens on is left over from a weir that was killed: replaced.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(io::ErrorKind::AddrInUse.into());
-    }
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
@@ -80,9 +97,18 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+fn read_only() -> Router<Arc<Running>> {
+    Router::new()
+        .route("/flows", get(flows))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/metrics", get(metrics))
+        .route("/readyz", get(readyz))
+        .route("/status", get(status))
+}
+
 fn cure(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => " (is another weir running? `weir status` asks it)",
+        io::ErrorKind::AddrInUse => " (`ss -ltnp` shows by whom)",
         io::ErrorKind::PermissionDenied => " (choose a place this user may write to)",
         _ => "",
     }
@@ -140,7 +166,10 @@ async fn readyz(State(running): State<Arc<Running>>) -> impl IntoResponse {
 
 async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let counters: Vec<_> = running.workers.iter().map(|worker| worker.counters()).collect();
-    ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters))
+    let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
+    let losses = running.records.as_ref().map(|records| records.losses()).unwrap_or_default();
+    let extra = exposition::Extra { fallbacks: fallbacks.collect(), losses };
+    ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
 }
 
 async fn flows(State(running): State<Arc<Running>>) -> impl IntoResponse {

@@ -12,7 +12,7 @@ use crate::config::{Config, Outbound, SourceAddress, Workload};
 /// Capture in place.
 pub(super) struct Capturing {
     capture: Capture,
-    retry_at: Instant,
+    look_at: Instant,
 }
 
 /// The plan of a config; `None` if it captures nothing.
@@ -64,7 +64,7 @@ impl Capturing {
         let capture = prepared.install()?;
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
-        Ok(Capturing { capture, retry_at: Instant::now() })
+        Ok(Capturing { capture, look_at: Instant::now() })
     }
 
     /// Takes no more connections.
@@ -75,19 +75,25 @@ impl Capturing {
 
     /// Puts back what somebody took away; while it is away, traffic flows directly.
     pub(super) fn watch(&mut self, running: &Running) {
-        if Instant::now() < self.retry_at {
+        if Instant::now() < self.look_at {
             return;
         }
-        let Some(mended) = self.capture.mend() else { return };
-        self.retry_at = Instant::now() + RETRY_EVERY;
-        running.capturing.store(mended.is_ok(), Ordering::Release);
+        self.look_at = Instant::now() + LOOK_EVERY;
+        let Some((what, mended)) = self.capture.mend() else {
+            return running.capturing.store(true, Ordering::Release);
+        };
+        let was_capturing = running.capturing.swap(mended.is_ok(), Ordering::AcqRel);
         match mended {
-            Ok(()) => tracing::warn!("somebody had removed the nft table: it is in place again"),
-            Err(error) => tracing::error!("inbound traffic is not captured any more: {error}"),
+            Ok(()) => tracing::warn!("the {what} was gone: capture is in place again"),
+            Err(error) if was_capturing => {
+                tracing::error!("the {what} is gone, traffic flows directly: {error}");
+            }
+            Err(_) => {} // Said already.
         }
     }
 }
 
 /// Connections that may wait for a worker beside the flows: two accept queues, at least.
 const RECORDS_MIN: u32 = 16_384;
-const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// A look costs two short-lived processes and a few syscalls.
+const LOOK_EVERY: Duration = Duration::from_secs(2);

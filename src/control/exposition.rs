@@ -12,17 +12,30 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
+use crate::capture::Losses;
 use crate::metrics::{Counter, Counters, Denied, Origin};
 use crate::op::CloseReason;
+use crate::ring::Fallback;
 
 /// The counters of all workers as text.
-pub(super) fn render(counters: &[&Counters]) -> String {
+pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
+    let mut totals = Totals::sum(counters);
+    totals.families.extend([fallbacks(&extra.fallbacks), hook_losses(extra.losses), queues()]);
     let mut registry = Registry::with_prefix("weir");
-    registry.register_collector(Box::new(Totals::sum(counters)));
+    registry.register_collector(Box::new(totals));
     let mut text = String::new();
     // Writing to a string cannot fail; what a collector could not say would be missing.
     let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
     text
+}
+
+/// What is counted elsewhere than in the workers.
+#[derive(Debug, Default)]
+pub(super) struct Extra {
+    /// What the kernel lacks, once for each worker that found out.
+    pub(super) fallbacks: Vec<Fallback>,
+    /// At the connect hook.
+    pub(super) losses: Losses,
 }
 
 /// Adds up one counter of every worker.
@@ -121,6 +134,42 @@ fn bytes(sum: &Sum<'_>) -> Family {
     Family { help: "Bytes handed to sockets", name: "bytes", series: series.into() }
 }
 
+fn fallbacks(list: &[Fallback]) -> Family {
+    let mut series: Vec<(Vec<(&str, &str)>, u64)> = Vec::new();
+    for fallback in list {
+        let labels = vec![("from", fallback.from), ("to", fallback.to), ("reason", "kernel")];
+        match series.iter_mut().find(|(other, _)| *other == labels) {
+            Some((_, count)) => *count += 1,
+            None => series.push((labels, 1)),
+        }
+    }
+    Family { help: "A slower way was taken", name: "fallback", series }
+}
+
+fn hook_losses(losses: Losses) -> Family {
+    let Losses { record_clash, records_full, storage } = losses;
+    let series = [("clash", record_clash), ("full", records_full), ("storage", storage)];
+    let series = series.map(|(reason, count)| (vec![("reason", reason)], count));
+    let help = "Connects that the hook could not record";
+    Family { help, name: "connect_unrecorded", series: series.into() }
+}
+
+/// Of the whole network namespace, others' listeners included: the kernel counts no finer.
+fn queues() -> Family {
+    let text = std::fs::read_to_string("/proc/net/netstat").unwrap_or_default();
+    let count = listen_overflows(&text).unwrap_or_default();
+    let help = "Connections dropped in this network namespace because an accept queue was full";
+    Family { help, name: "accept_queue_overflows", series: vec![(Vec::new(), count)] }
+}
+
+/// The file has lines in pairs: names, then values.
+fn listen_overflows(netstat: &str) -> Option<u64> {
+    let mut lines = netstat.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, values) = (lines.next()?, lines.next()?);
+    let index = names.split(' ').position(|name| name == "ListenOverflows")?;
+    values.split(' ').nth(index)?.parse().ok()
+}
+
 fn denied(sum: &Sum<'_>) -> Family {
     let series = Denied::ALL.map(|reason| {
         let count = sum.of(|counters| &counters.denied[reason as usize]);
@@ -162,3 +211,25 @@ impl Collector for Totals {
 
 /// Of the OpenMetrics text format.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overflows_are_found_by_their_name() {
+        let text = "TcpExt: SyncookiesSent ListenOverflows ListenDrops\nTcpExt: 1 7 9\nIpExt: InNoRoutes\nIpExt: 0\n";
+        assert_eq!(listen_overflows(text), Some(7));
+        assert_eq!(listen_overflows(""), None);
+    }
+
+    #[test]
+    fn each_fallback_is_counted_with_its_labels() {
+        let fallback = Fallback { from: "receive_limit", since: "6.17", to: "receive_cancel" };
+        let extra = Extra { fallbacks: vec![fallback; 2], losses: Losses::default() };
+        let text = render(&[], extra);
+        let line =
+            "weir_fallback_total{from=\"receive_limit\",to=\"receive_cancel\",reason=\"kernel\"} 2";
+        assert!(text.lines().any(|other| other == line), "{text}");
+    }
+}

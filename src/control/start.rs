@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use super::capturing;
 use super::{RunError, Running};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
-use crate::config::{Config, Workers};
+use crate::config::{Config, SourceAddress, Workers};
 use crate::metrics::Origin;
 use crate::profile::{Limits, Profile, RelayMode};
 use crate::ring::Marks;
@@ -51,9 +51,14 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
         };
         workers.push(worker::spawn(setup)?);
     }
+    let keeps =
+        config.inbound.as_ref().is_some_and(|inbound| inbound.source == SourceAddress::Keep);
+    if keeps && workers.iter().any(|worker| !worker.features().bind) {
+        return Err(RunError::NoBind);
+    }
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
     let bell = Notify::new();
-    Ok(Running { bell, captures, capturing, draining, profile, workers })
+    Ok(Running { bell, captures, capturing, draining, profile, records, workers })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
@@ -129,6 +134,7 @@ fn open_listeners(
         ..ListenOptions::default()
     };
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
+    probe_ports(config, &options)?;
     for worker in &mut all {
         for forward in &config.forward {
             let fd = listen_patiently(forward.listen, &options)?;
@@ -152,6 +158,17 @@ fn open_listeners(
         }
     }
     Ok(all)
+}
+
+/// Sockets that share a port would share it with another weir too: each must be free first.
+fn probe_ports(config: &Config, options: &ListenOptions) -> Result<(), ListenError> {
+    let options = ListenOptions { shared: false, ..*options };
+    let forward = config.forward.iter().map(|forward| forward.listen);
+    let inbound = config.inbound.iter().map(|inbound| inbound.listen);
+    let port = config.outbound.as_ref().map(|outbound| outbound.listen.port());
+    let outbound = port.into_iter().flat_map(|port| loopbacks().map(move |ip| (ip, port).into()));
+    let mut all = forward.chain(inbound).chain(outbound);
+    all.try_for_each(|addr| listen_patiently(addr, &options).map(drop))
 }
 
 /// 127.0.0.1, and ::1 unless IPv6 is switched off.

@@ -28,6 +28,30 @@ pub struct Features {
     pub receive_limit: bool,
 }
 
+/// A better way that this kernel lacks, and what is done instead: labels of a metric.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Fallback {
+    /// What is lacking.
+    pub from: &'static str,
+    /// The Linux that has it first.
+    pub since: &'static str,
+    /// What is done instead.
+    pub to: &'static str,
+}
+
+impl Features {
+    /// What is lacking here.
+    pub fn fallbacks(&self) -> impl Iterator<Item = Fallback> {
+        let all = [
+            (self.deferred_work, "deferred_work", "cooperative_work", "6.1"),
+            (self.descriptor_install, "descriptor_install", "worker_thread_shutdown", "6.8"),
+            (self.receive_limit, "receive_limit", "receive_cancel", "6.17"),
+        ];
+        let lacking = all.into_iter().filter(|(is_there, ..)| !is_there);
+        lacking.map(|(_, from, to, since)| Fallback { from, since, to })
+    }
+}
+
 /// Tries each feature; fails only without one weir cannot do without.
 pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     let step = |step| move |source| RingError::Step { source, step };

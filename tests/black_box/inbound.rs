@@ -1,2 +1,337 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be.
+//! Inbound tproxy: the workload sees its clients, the kernel tracks nothing, nobody loops.
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread::scope;
+
+use socket2::{Domain, Socket, Type};
+
+use crate::harness::{
+    Net, PATIENCE, Place, Weir, check, config_file, echo, expect_reset, said, send, until, weir,
+};
+
+/// Namespaces in which replies can be led back by mark.
+fn prepared() -> Arc<Net> {
+    let net = Net::new();
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    Arc::new(net)
+}
+
+/// Both families, port 80 of the node.
+fn doors() -> [(String, &'static str); 2] {
+    let [v4, v6] = Net::NODE;
+    [(format!("{v4}:80"), Net::CLIENT[0]), (format!("[{v6}]:80"), Net::CLIENT[1])]
+}
+
+fn no_conntrack(net: &Net) {
+    assert_eq!(net.conntrack(), "", "connection tracking saw nothing");
+}
+
+/// TP8, TP10: both families; the workload sees the client, weir knows the destination, and no
+/// entry is made on any leg although connection tracking is on.
+#[test]
+fn workload_sees_its_client_and_nothing_is_tracked() {
+    let net = prepared();
+    let app = net.listen(Place::Node, "[::]:80");
+    let weir = Weir::run(&net, "workers: 2\ninbound: {}");
+    for (door, client_ip) in doors() {
+        let mut client = net.connect(Place::Client, &door);
+        let (mut served, seen) = app.accept().unwrap();
+        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
+        client.write_all(b"ping").unwrap();
+        served.read_exact(&mut [0; 4]).unwrap();
+        let flow = weir.flows().remove(0);
+        assert_eq!(flow["direction"], "inbound");
+        assert_eq!(flow["capture"], "tproxy");
+        assert_eq!(flow["original_dst"], door);
+        assert_eq!(flow["downstream"], client.local_addr().unwrap().to_string());
+        no_conntrack(&net);
+        drop((client, served));
+        until("the flow ends", || weir.active() == 0);
+    }
+    let opened = ["direction=\"inbound\"", "capture=\"tproxy\""];
+    assert_eq!(weir.metric("weir_flows_opened_total", &opened), 2);
+    drop(app);
+    weir.end(&net);
+}
+
+/// TP3: hundreds of flows of one client at a time; each source port is free on both sides.
+#[test]
+fn hundreds_of_flows_of_one_client_stand_side_by_side() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    let weir = Weir::run(&net, "workers: 2\ninbound: {}");
+    let mut streams = Vec::new();
+    for seed in 0..600 {
+        let (door, _) = &doors()[seed % 2];
+        let mut stream = net.connect(Place::Client, door);
+        send(&mut stream, seed as u64, 5000).unwrap();
+        streams.push(stream);
+    }
+    until("all are open", || weir.active() == 600);
+    let sources: HashSet<SocketAddr> =
+        streams.iter().map(|stream| stream.local_addr().unwrap()).collect();
+    assert_eq!(sources.len(), 600);
+    for (seed, stream) in streams.iter_mut().enumerate() {
+        check(stream, seed as u64, 5000);
+    }
+    no_conntrack(&net);
+    drop(streams);
+    weir.end(&net);
+}
+
+/// TP1: a client may use one port for two connections; weir's ports are its own.
+#[test]
+fn client_port_used_twice_makes_two_flows() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "10.98.1.1:80"));
+    echo(net.listen(Place::Node, "10.98.1.1:81"));
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    let dial = |door: &str| -> TcpStream {
+        let door: SocketAddr = door.parse().unwrap();
+        net.within(Place::Client, || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&"10.98.1.2:12345".parse::<SocketAddr>().unwrap().into()).unwrap();
+            socket.connect(&door.into()).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.into()
+        })
+    };
+    let mut both = [dial("10.98.1.1:80"), dial("10.98.1.1:81")];
+    for (seed, stream) in both.iter_mut().enumerate() {
+        send(stream, seed as u64, 50_000).unwrap();
+        check(stream, seed as u64, 50_000);
+    }
+    drop(both);
+    weir.end(&net);
+}
+
+/// TP2: ports that somebody else holds are passed over.
+#[test]
+fn taken_source_port_is_passed_over() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "10.98.1.1:80"));
+    let held: Vec<Socket> = net.within(Place::Node, || {
+        let hold = |port: u16| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_ip_transparent_v4(true).unwrap();
+            socket.bind(&SocketAddr::from(([10, 98, 1, 2], port)).into()).unwrap();
+            socket
+        };
+        (10_240..10_260).map(hold).collect()
+    });
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    for seed in 0..10 {
+        let mut stream = net.connect(Place::Client, "10.98.1.1:80");
+        send(&mut stream, seed, 1000).unwrap();
+        check(&mut stream, seed, 1000);
+    }
+    assert_eq!(weir.closed("local_limit"), 0);
+    drop(held);
+    weir.end(&net);
+}
+
+/// TP4: a rule that somebody removed is noticed, said, and put back.
+#[test]
+fn removed_rule_is_put_back() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    net.run(Place::Node, &["ip", "-4", "rule", "del", "lookup", "133"]);
+    let rules = || net.run(Place::Node, &["ip", "-4", "rule"]);
+    until("the rule is back", || rules().contains("lookup 133"));
+    until("it is said", || weir.log().contains("the fwmark rule was gone"));
+    let mut stream = net.connect(Place::Client, "10.98.1.1:80");
+    send(&mut stream, 1, 1000).unwrap();
+    check(&mut stream, 1, 1000);
+    drop(stream);
+    weir.end(&net);
+}
+
+/// TP5: clients on the node itself are not taken: they reach the workload directly.
+#[test]
+fn client_on_the_node_goes_directly() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    for door in ["10.98.1.1:80", "127.0.0.1:80", "[::1]:80", "[fd98:1::1]:80"] {
+        let mut stream = net.connect(Place::Node, door);
+        send(&mut stream, 1, 1000).unwrap();
+        check(&mut stream, 1, 1000);
+    }
+    assert_eq!(weir.opened(), 0);
+    until("the node's own connections are gone", || net.sockets().is_empty());
+    weir.end(&net);
+}
+
+/// TP7, TP9: whoever dials the capture port is refused and counted, and so is what would loop.
+#[test]
+fn direct_dials_and_loops_are_refused() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "10.98.1.1:80"));
+    let config = "workers: 1\ninbound: { listen: \"[::]:15006\" }\n\
+                  forward: [{ listen: \"[::]:7000\", endpoints: [\"10.98.2.2:1\"] }]";
+    let weir = Weir::run(&net, config);
+    let doors = ["10.98.1.1:15006", "[fd98:1::1]:15006"];
+    for (count, door) in (1..).zip(doors) {
+        let mut stream = net.connect(Place::Client, door);
+        expect_reset(&mut stream);
+        assert_eq!(weir.denied("direct"), count);
+    }
+    // Somebody's rule sends what weir dials back to weir: one turn, and it ends.
+    let loops = "table ip loops { chain c { type nat hook output priority -100; \
+                 tcp dport 80 redirect to :15006; }; }";
+    net.run(Place::Node, &["nft", loops]);
+    net.run(Place::Node, &["sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=1"]);
+    assert_eq!(weir.denied("own_port"), 0);
+    // Untracked packets are not translated at all, so even this rule does no harm.
+    let mut stream = net.connect(Place::Client, "10.98.1.1:80");
+    send(&mut stream, 1, 100).unwrap();
+    check(&mut stream, 1, 100);
+    drop(stream);
+    weir.end(&net);
+}
+
+/// Ports that are left out, and those of weir itself, are not taken.
+#[test]
+fn excluded_port_goes_directly() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    echo(net.listen(Place::Node, "[::]:8022"));
+    let weir = Weir::run(
+        &net,
+        "workers: 1\ninbound: { ports: { include: all, exclude: [\"8000-8100\"] } }",
+    );
+    for (door, flows) in [("10.98.1.1:8022", 0), ("10.98.1.1:80", 1)] {
+        let mut stream = net.connect(Place::Client, door);
+        send(&mut stream, 1, 100).unwrap();
+        check(&mut stream, 1, 100);
+        assert_eq!(weir.opened(), flows, "{door}");
+    }
+    until("the direct one is gone too", || net.sockets().is_empty());
+    weir.end(&net);
+}
+
+/// TP10: a listener of one family takes that family and leaves the other alone.
+#[test]
+fn listener_of_one_family_leaves_the_other_alone() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    for (listen, taken) in [("0.0.0.0:15006", 0), ("[fd98:1::1]:15006", 1)] {
+        let weir = Weir::run(&net, &format!("workers: 1\ninbound: {{ listen: \"{listen}\" }}"));
+        for (door, _) in doors() {
+            let mut stream = net.connect(Place::Client, &door);
+            send(&mut stream, 1, 100).unwrap();
+            check(&mut stream, 1, 100);
+        }
+        until("one flow", || weir.opened() == 1);
+        until("it ends", || weir.closed("finished") == 1);
+        let _ = taken;
+        weir.end(&net);
+    }
+}
+
+/// `source: own` needs no sysctl, no rule and no route, and tracks nothing either.
+#[test]
+fn own_source_needs_no_sysctl_and_tracks_nothing() {
+    let net = Arc::new(Net::new());
+    let app = net.listen(Place::Node, "[::]:80");
+    let weir = Weir::run(&net, "workers: 1\ninbound: { source: own }");
+    assert!(!net.run(Place::Node, &["ip", "rule"]).contains("133"));
+    for (door, client_ip) in doors() {
+        let mut client = net.connect(Place::Client, &door);
+        let (mut served, seen) = app.accept().unwrap();
+        assert_ne!(seen.ip().to_canonical().to_string(), client_ip);
+        scope(|scope| {
+            scope.spawn(|| send(&mut served, 1, 500_000).unwrap());
+            check(&mut client, 1, 500_000);
+        });
+        no_conntrack(&net);
+    }
+    drop(app);
+    weir.end(&net);
+}
+
+/// What the kernel is not set up for is refused with the cure, and nothing is changed.
+#[test]
+fn kept_source_without_the_sysctl_is_refused() {
+    let net = Net::new();
+    let place = tempfile::TempDir::new().unwrap();
+    let file = config_file(&place, "inbound: {}");
+    let output = net.output(Place::Node, &[weir(), "run", "-c", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(said(&output).contains("sysctl -w net.ipv4.tcp_fwmark_accept=1"), "{}", said(&output));
+    assert!(net.is_clean());
+}
+
+/// RS5: under a flood the kernel answers with cookies, and those who return one are taken too.
+#[test]
+fn connections_made_by_cookie_are_taken() {
+    let net = prepared();
+    net.set(Place::Node, "net.ipv4.tcp_syncookies=2");
+    let app = net.listen(Place::Node, "[::]:80");
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    for (door, client_ip) in doors() {
+        let client = net.connect(Place::Client, &door);
+        let (served, seen) = app.accept().unwrap();
+        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
+        drop((client, served));
+    }
+    assert_eq!(weir.opened(), 2);
+    drop(app);
+    weir.end(&net);
+}
+
+/// Under load nothing is tracked, bulk and short connections alike.
+#[test]
+fn nothing_is_tracked_under_load() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    let weir = Weir::run(&net, "workers: 2\ninbound: {}");
+    let shared: &Net = &net;
+    scope(|scope| {
+        for thread in 0..4u64 {
+            scope.spawn(move || {
+                let (door, _) = &doors()[usize::from(thread % 2 == 1)];
+                for round in 0..100 {
+                    let seed = thread * 1000 + round;
+                    let mut stream = shared.connect(Place::Client, door);
+                    let bytes = if round % 20 == 0 { 1_000_000 } else { 300 };
+                    let mut writer = stream.try_clone().unwrap();
+                    let sender =
+                        std::thread::spawn(move || send(&mut writer, seed, bytes).unwrap());
+                    check(&mut stream, seed, bytes);
+                    sender.join().unwrap();
+                }
+            });
+        }
+        for _ in 0..10 {
+            no_conntrack(shared);
+        }
+    });
+    no_conntrack(&net);
+    assert_eq!(weir.opened(), 400);
+    weir.end(&net);
+}
+
+/// The workload's listener keeps the port while flows are open, and may be started again.
+#[test]
+fn workload_may_restart_while_flows_are_open() {
+    let net = prepared();
+    let app: TcpListener = net.listen(Place::Node, "[::]:80");
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    let mut client = net.connect(Place::Client, "10.98.1.1:80");
+    let (mut served, _) = app.accept().unwrap();
+    drop(app);
+    let again = net.listen(Place::Node, "[::]:80");
+    client.write_all(b"x").unwrap();
+    served.read_exact(&mut [0]).unwrap();
+    let second = net.connect(Place::Client, "10.98.1.1:80");
+    again.accept().unwrap();
+    drop((client, served, second, again));
+    weir.end(&net);
+}

@@ -176,10 +176,10 @@ impl Drop for Weir {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            println!("weir said: {}", self.log());
+            eprintln!("weir said: {}", self.log());
             let is_news = |line: &&str| !line.starts_with('#') && !line.ends_with(" 0");
             let metrics = self.metrics.clone();
-            println!("{}", metrics.lines().filter(is_news).collect::<Vec<_>>().join("\n"));
+            eprintln!("{}", metrics.lines().filter(is_news).collect::<Vec<_>>().join("\n"));
         }
     }
 }
