@@ -89,10 +89,17 @@ pub(crate) fn echo(listener: TcpListener) -> JoinHandle<()> {
     })
 }
 
+/// Word by word; the first and the last may be cut.
 fn fill(chunk: &mut [u8], seed: u64, from: u64) {
-    for (position, byte) in (from..).zip(chunk) {
-        let word = seed << 40 ^ (position / 8);
-        *byte = word.to_le_bytes()[usize::try_from(position % 8).unwrap()];
+    let word = |position: u64| (seed << 40 ^ (position / 8)).to_le_bytes();
+    let cut = usize::try_from(from % 8).unwrap();
+    let head = ((8 - cut) % 8).min(chunk.len());
+    let (first, rest) = chunk.split_at_mut(head);
+    first.copy_from_slice(&word(from)[cut % 8..][..head]);
+    let mut position = from + head as u64;
+    for part in rest.chunks_mut(8) {
+        part.copy_from_slice(&word(position)[..part.len()]);
+        position += 8;
     }
 }
 
