@@ -12,6 +12,7 @@ use crate::control::RunError;
 use crate::profile::RelayMode;
 
 mod ask;
+mod check;
 mod demo;
 mod forward;
 mod pages;
@@ -27,6 +28,18 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Try what weir needs on this host, and say what does not work and what to do
+    Check {
+        /// Try what this config asks for, too
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+        /// Exit with 3 if anything could work better
+        #[arg(long)]
+        strict: bool,
+    },
     /// Print the completions for a shell
     Completions {
         /// Which shell
@@ -77,6 +90,24 @@ enum ConfigVerb {
         /// The config file
         file: PathBuf,
     },
+    /// Print the JSON Schema of config files, for editors
+    Schema,
+    /// Print the config as weir understands it, every default filled in
+    Show {
+        /// The config file; the one that `weir demo` runs if not said
+        file: Option<PathBuf>,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "yaml")]
+        output: ShowAs,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum ShowAs {
+    /// For programs
+    Json,
+    /// For people, and for `weir run -c`
+    Yaml,
 }
 
 /// Which weir to ask.
@@ -141,6 +172,8 @@ pub enum Failure {
     Preflight(String),
     /// What was asked makes no sense.
     Usage(String),
+    /// It works, but not as well as it could, and the user wants to know.
+    Warned(String),
 }
 
 impl Failure {
@@ -150,6 +183,7 @@ impl Failure {
         match self {
             Failure::Failed(_) => 1,
             Failure::Usage(_) => 2,
+            Failure::Warned(_) => 3,
             Failure::Preflight(_) => 4,
             Failure::Interrupted => 130,
         }
@@ -159,7 +193,10 @@ impl Failure {
     #[must_use]
     pub fn text(&self) -> Option<&str> {
         match self {
-            Failure::Failed(text) | Failure::Preflight(text) | Failure::Usage(text) => Some(text),
+            Failure::Failed(text)
+            | Failure::Preflight(text)
+            | Failure::Usage(text)
+            | Failure::Warned(text) => Some(text),
             Failure::Interrupted => None,
         }
     }
@@ -182,8 +219,13 @@ impl From<RunError> for Failure {
 /// Why it could not; clap ends the process itself on unknown arguments (exit code 2).
 pub fn run() -> Result<(), Failure> {
     match Arguments::parse().verb {
+        Verb::Check { config, output, strict } => check::check(config.as_deref(), output, strict),
         Verb::Completions { shell } => pages::completions(shell),
         Verb::Config { verb: ConfigVerb::Check { file } } => run::check(&file),
+        Verb::Config { verb: ConfigVerb::Schema } => print(crate::config::SCHEMA),
+        Verb::Config { verb: ConfigVerb::Show { file, output } } => {
+            run::show(file.as_deref(), output)
+        }
         Verb::Demo { seconds } => demo::run(seconds),
         Verb::Drain(ask) => ask::drain(&ask.socket),
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),

@@ -21,6 +21,9 @@ mod tests;
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");
 
+/// The JSON Schema of a config, for editors.
+pub const SCHEMA: &str = include_str!("../deploy/weir.schema.json");
+
 /// Everything a running weir obeys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {

@@ -26,8 +26,10 @@ use capturing::Capturing;
 
 mod admin;
 mod capturing;
+pub mod check;
 pub mod client;
 mod exposition;
+pub mod shown;
 mod start;
 pub mod view;
 
@@ -124,6 +126,8 @@ struct Running {
     captures: bool,
     /// It is being captured just now.
     capturing: AtomicBool,
+    /// In force, as `/config` shows it.
+    config: serde_json::Value,
     draining: AtomicBool,
     /// Rung when somebody asks to drain.
     bell: Notify,

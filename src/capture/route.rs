@@ -91,7 +91,9 @@ fn change(family: &str, arguments: &[&str]) -> Result<(), CaptureError> {
     }
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     let step = format!("ip {family} {}", arguments.join(" "));
-    Err(CaptureError::Refused { cure: " (needs CAP_NET_ADMIN)", said, step })
+    let is_down = said.contains("is not up") || said.contains("is down");
+    let cure = if is_down { " (`ip link set lo up`)" } else { " (needs CAP_NET_ADMIN)" };
+    Err(CaptureError::Refused { cure, said, step })
 }
 
 fn command(family: &str, arguments: &[&str]) -> Command {

@@ -99,6 +99,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 
 fn read_only() -> Router<Arc<Running>> {
     Router::new()
+        .route("/config", get(config))
         .route("/flows", get(flows))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/metrics", get(metrics))
@@ -140,6 +141,10 @@ impl axum::serve::Listener for Guarded {
 fn is_trusted(stream: &UnixStream) -> bool {
     let own = nix::unistd::geteuid().as_raw();
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
+}
+
+async fn config(State(running): State<Arc<Running>>) -> impl IntoResponse {
+    axum::Json(running.config.clone())
 }
 
 async fn status(State(running): State<Arc<Running>>) -> impl IntoResponse {

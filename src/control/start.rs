@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::capturing;
-use super::{RunError, Running};
+use super::{RunError, Running, shown};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
 use crate::config::{Config, SourceAddress, Workers};
 use crate::metrics::Origin;
@@ -58,7 +58,8 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
     }
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
     let bell = Notify::new();
-    Ok(Running { bell, captures, capturing, draining, profile, records, workers })
+    let config = shown::config(config);
+    Ok(Running { bell, captures, capturing, config, draining, profile, records, workers })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {

@@ -332,3 +332,25 @@ fn workload_may_restart_while_flows_are_open() {
     drop((client, served, second, again));
     weir.end(&net);
 }
+
+/// TP6: strict reverse-path filters, and marks looked at on the way in, do no harm.
+#[test]
+fn strict_filters_do_no_harm() {
+    let net = prepared();
+    for sysctl in
+        ["all.rp_filter=1", "client.rp_filter=1", "lo.rp_filter=1", "all.src_valid_mark=1"]
+    {
+        net.set(Place::Node, &format!("net.ipv4.conf.{sysctl}"));
+    }
+    let app = net.listen(Place::Node, "[::]:80");
+    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
+    for (door, client_ip) in doors() {
+        let client = net.connect(Place::Client, &door);
+        let (served, seen) = app.accept().unwrap();
+        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
+        drop((client, served));
+    }
+    assert_eq!(weir.opened(), 2);
+    drop(app);
+    weir.end(&net);
+}

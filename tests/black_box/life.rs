@@ -107,3 +107,47 @@ fn killed_at_any_time_nothing_is_left() {
     let weir = Weir::run(&net, &config);
     weir.end(&net);
 }
+
+/// `weir check` tries for real, says the cure, and leaves nothing.
+#[test]
+fn check_names_what_is_missing_and_its_cure() {
+    let net = Net::new();
+    let strict = [weir(), "check", "--strict"];
+    let before = net.output(Place::Node, &strict);
+    let text = String::from_utf8_lossy(&before.stdout).into_owned();
+    assert_eq!(before.status.code(), Some(3), "{text}");
+    assert!(
+        text.contains("! replies led back by mark") && text.contains("tcp_fwmark_accept=1"),
+        "{text}"
+    );
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    let after = net.output(Place::Node, &strict);
+    let text = String::from_utf8_lossy(&after.stdout).into_owned();
+    assert_eq!(after.status.code(), Some(0), "{text}");
+    assert!(
+        text.contains("\u{221a} inbound tproxy") && text.contains("\u{221a} outbound connect"),
+        "{text}"
+    );
+    assert!(net.is_clean());
+    let bare = net.output(
+        Place::Node,
+        &["setpriv", "--bounding-set=-all", "--inh-caps=-all", weir(), "check"],
+    );
+    assert_eq!(bare.status.code(), Some(4), "{}", crate::harness::said(&bare));
+}
+
+/// Without the capability one clear line says so, and nothing is changed.
+#[test]
+fn missing_capability_is_named() {
+    let net = Net::new();
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    let place = tempfile::TempDir::new().unwrap();
+    let file = crate::harness::config_file(&place, "inbound: {}");
+    let bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
+    let words = [weir(), "run", "-c", file.to_str().unwrap()];
+    let output = net.output(Place::Node, &[&bare[..], &words].concat());
+    let said = crate::harness::said(&output);
+    assert_eq!(output.status.code(), Some(4), "{said}");
+    assert!(said.lines().count() == 1 && said.contains("CAP_NET_ADMIN"), "{said}");
+    assert!(net.is_clean());
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A config as weir understood it, every default filled in: for people as YAML, for programs as
+//! JSON. Read again, it is the same config.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+use serde_json::{Value, json};
+
+use crate::config::{
+    Balance, Config, Destinations, Forward, Inbound, InboundCapture, OnExit, Outbound,
+    OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
+};
+
+/// Every key and its value in force.
+#[must_use]
+pub fn config(config: &Config) -> Value {
+    let mut shown = json!({
+        "profile": config.profile.name,
+        "workers": workers(&config.workers),
+        "on_exit": match config.on_exit { OnExit::Closed => "closed", OnExit::Open => "open" },
+    });
+    if let Some(found) = &config.inbound {
+        shown["inbound"] = inbound(found);
+    }
+    if let Some(found) = &config.outbound {
+        shown["outbound"] = outbound(found);
+    }
+    if !config.forward.is_empty() {
+        shown["forward"] = config.forward.iter().map(forward).collect();
+    }
+    shown["admin"] = json!({});
+    if let Some(socket) = &config.admin.socket {
+        shown["admin"]["socket"] = socket.display().to_string().into();
+    }
+    if let Some(http) = config.admin.http {
+        shown["admin"]["http"] = http.to_string().into();
+    }
+    shown
+}
+
+/// The same as YAML.
+#[must_use]
+pub fn yaml(value: &Value) -> String {
+    let mut text = String::new();
+    write_map(&mut text, value, 0);
+    text
+}
+
+fn workers(workers: &Workers) -> Value {
+    match workers {
+        Workers::Auto => "auto".into(),
+        Workers::Count(count) => count.get().into(),
+        Workers::Cpus(cpus) => cpus.clone().into(),
+    }
+}
+
+fn inbound(inbound: &Inbound) -> Value {
+    json!({
+        "capture": match inbound.capture {
+            InboundCapture::Redirect => "redirect",
+            InboundCapture::Tproxy => "tproxy",
+        },
+        "listen": inbound.listen.to_string(),
+        "ports": { "include": ports(&inbound.ports.include), "exclude": ports(&inbound.ports.exclude) },
+        "source": match inbound.source { SourceAddress::Keep => "keep", SourceAddress::Own => "own" },
+        "proxy_protocol": match inbound.proxy_protocol {
+            ProxyProtocol::Off => "off",
+            ProxyProtocol::V1 => "v1",
+            ProxyProtocol::V2 => "v2",
+        },
+    })
+}
+
+fn outbound(outbound: &Outbound) -> Value {
+    let mut shown = json!({
+        "capture": match outbound.capture {
+            OutboundCapture::Connect => "connect",
+            OutboundCapture::Redirect => "redirect",
+            OutboundCapture::Tproxy => "tproxy",
+        },
+        "listen": outbound.listen.to_string(),
+    });
+    match &outbound.workload {
+        Some(Workload::Cgroup(path)) => {
+            shown["workload"] = json!({ "cgroup": path.display().to_string() });
+        }
+        Some(Workload::Uid(uid)) => shown["workload"] = json!({ "uid": uid }),
+        None => {}
+    }
+    shown["include"] = destinations(&outbound.include);
+    shown["exclude"] = destinations(&outbound.exclude);
+    shown
+}
+
+fn forward(forward: &Forward) -> Value {
+    let endpoints: Vec<String> = forward.endpoints.iter().map(SocketAddr::to_string).collect();
+    json!({
+        "name": forward.name,
+        "listen": forward.listen.to_string(),
+        "endpoints": endpoints,
+        "balance": match forward.balance {
+            Balance::LeastFlows => "least_flows",
+            Balance::RoundRobin => "round_robin",
+        },
+    })
+}
+
+fn destinations(destinations: &Destinations) -> Value {
+    let cidrs: Vec<String> = destinations.cidrs.iter().map(IpNet::to_string).collect();
+    json!({ "cidrs": cidrs, "ports": ports(&destinations.ports) })
+}
+
+fn ports(ranges: &[RangeInclusive<u16>]) -> Value {
+    let range = |range: &RangeInclusive<u16>| match (*range.start(), *range.end()) {
+        (1, u16::MAX) => Value::from("all"),
+        (start, end) if start == end => Value::from(start),
+        (start, end) => Value::from(format!("{start}-{end}")),
+    };
+    match ranges {
+        [one] if *one == (1..=u16::MAX) => range(one),
+        ranges => ranges.iter().map(range).collect(),
+    }
+}
+
+/// Maps of maps in lines, everything below as YAML's flow style, which is JSON.
+fn write_map(text: &mut String, value: &Value, indent: usize) {
+    for (key, value) in value.as_object().into_iter().flatten() {
+        let is_deep = value.as_object().is_some_and(|map| !map.is_empty());
+        // Writing to a string cannot fail.
+        let _ = if is_deep {
+            writeln!(text, "{:indent$}{key}:", "")
+        } else {
+            writeln!(text, "{:indent$}{key}: {value}", "")
+        };
+        if is_deep {
+            write_map(text, value, indent + 2);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Every key that there is.
+    const FULL: &str = r#"
+profile: latency
+workers: [0, 1]
+on_exit: open
+inbound:
+  capture: tproxy
+  listen: "0.0.0.0:16006"
+  ports: { include: [80, "8000-8100"], exclude: 8022 }
+  source: own
+  proxy_protocol: off
+outbound:
+  capture: connect
+  listen: "127.0.0.1:16001"
+  workload: { cgroup: /a/b }
+  include: { cidrs: ["10.0.0.0/8", "fd00::1"], ports: all }
+  exclude: { cidrs: ["10.9.0.0/16"], ports: [22] }
+forward:
+  - { name: db, listen: "127.0.0.1:1", endpoints: ["127.0.0.1:2"], balance: least_flows }
+admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
+"#;
+
+    fn read(text: &str) -> Config {
+        Config::parse("weir.yaml", None, text).unwrap_or_else(|mistakes| panic!("{mistakes}"))
+    }
+
+    #[test]
+    fn shown_config_reads_as_the_same_config() {
+        for text in [FULL, crate::config::DEFAULT, "inbound: {}"] {
+            let understood = read(text);
+            assert_eq!(read(&yaml(&config(&understood))), understood, "{text}");
+        }
+    }
+
+    /// Paths of all keys; items of lists count as their list.
+    fn keys(value: &Value, path: &str, into: &mut BTreeSet<String>) {
+        for (key, value) in value.as_object().into_iter().flatten() {
+            let path = format!("{path}.{key}");
+            keys(value, &path, into);
+            for item in value.as_array().into_iter().flatten() {
+                keys(item, &path, into);
+            }
+            into.insert(path);
+        }
+    }
+
+    fn schema_keys(schema: &Value, path: &str, into: &mut BTreeSet<String>) {
+        for (key, value) in schema["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}.{key}");
+            let reference = value["$ref"].as_str().and_then(|name| name.rsplit('/').next());
+            let root: Value = serde_json::from_str(crate::config::SCHEMA).unwrap();
+            let value = reference.map_or(value.clone(), |name| root["$defs"][name].clone());
+            assert_ne!(value["additionalProperties"].as_bool(), Some(true));
+            schema_keys(&value, &path, into);
+            schema_keys(&value["items"], &path, into);
+            into.insert(path);
+        }
+    }
+
+    #[test]
+    fn schema_has_the_keys_that_there_are() {
+        let (mut shown, mut described) = (BTreeSet::new(), BTreeSet::new());
+        keys(&config(&read(FULL)), "", &mut shown);
+        let schema: Value = serde_json::from_str(crate::config::SCHEMA).unwrap();
+        schema_keys(&schema, "", &mut described);
+        shown.insert(".outbound.workload.uid".to_owned()); // Instead of a cgroup.
+        assert_eq!(described, shown);
+    }
+}
