@@ -1,16 +1,16 @@
 # Two commands for people in a hurry: `make demo` and `make test`. Both install what is missing.
 
-.PHONY: build demo setup test
+.PHONY: build demo test
 
-demo: setup
+demo:
+	scripts/setup demo
 	cargo build --locked --profile quick
 	target/quick/weir demo
 
-test: setup
+test:
+	scripts/setup test
 	scripts/test
 
-build: setup
+build:
+	scripts/setup build
 	cargo build --locked --release
-
-setup:
-	scripts/setup

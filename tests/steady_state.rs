@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A worker in its steady state allocates nothing: not for a byte, not for a connection.
+//!
+//! The whole process is counted, so nothing else may run here: one test, one file.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::alloc::System;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use weir::capture::{OwnPorts, PortCounts, SourcePorts};
+use weir::config::Balance;
+use weir::profile::Profile;
+use weir::sys::socket::{ListenOptions, listen, local_name};
+use weir::worker::{self, Handle, Listener, Route, Setup, Share};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// A worker with a listener to `upstream`; with a limit for each source, connections come the way
+/// that captured ones do.
+fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr) {
+    let options = ListenOptions { backlog: 64, nodelay: true, ..ListenOptions::default() };
+    let fd = listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+    let addr = local_name(fd.as_fd()).unwrap();
+    let route = Route::Endpoints { balance: Balance::LeastFlows, endpoints: vec![upstream] };
+    let handle = worker::spawn(Setup {
+        cpu: None,
+        index: 0,
+        listeners: vec![Listener { fd, name: "test".into(), route }],
+        marks: None,
+        own_ports: Arc::new(OwnPorts::default()),
+        profile: Arc::new(Profile::default()),
+        share: Share { connects_pending_max: 64, flows_max: 500, flows_per_source_max },
+        source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
+    });
+    (handle.unwrap(), addr)
+}
+
+/// A life in full: connect, exchanges small and large, half-close, the end.
+fn live(weir: SocketAddr, upstream: &TcpListener, chunk: &mut [u8]) {
+    let mut client = TcpStream::connect(weir).unwrap();
+    let (mut server, _) = upstream.accept().unwrap();
+    for len in [1, 64, 5000, 100_000] {
+        let chunk = &mut chunk[..len];
+        client.write_all(chunk).unwrap();
+        server.read_exact(chunk).unwrap();
+        server.write_all(chunk).unwrap();
+        client.read_exact(chunk).unwrap();
+    }
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(server.read(chunk).unwrap(), 0);
+    server.write_all(&chunk[..10]).unwrap();
+    drop(server);
+    client.read_exact(&mut chunk[..10]).unwrap();
+    assert_eq!(client.read(chunk).unwrap(), 0);
+}
+
+fn allocations(flows_per_source_max: u32) -> usize {
+    let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max);
+    let mut chunk = vec![7; 100_000];
+    let mut open: Vec<(TcpStream, TcpStream)> = Vec::with_capacity(50);
+    for _ in 0..50 {
+        let client = TcpStream::connect(weir).unwrap();
+        open.push((client, upstream.accept().unwrap().0));
+    }
+    for _ in 0..20 {
+        live(weir, &upstream, &mut chunk);
+    }
+    let region = Region::new(ALLOCATOR);
+    for _ in 0..200 {
+        live(weir, &upstream, &mut chunk);
+        for (client, server) in &mut open {
+            client.write_all(b"ping").unwrap();
+            server.read_exact(&mut [0; 4]).unwrap();
+        }
+    }
+    let change = region.change();
+    drop(open);
+    handle.drain(Duration::ZERO);
+    handle.join().unwrap();
+    change.allocations + change.reallocations
+}
+
+#[test]
+fn worker_in_its_steady_state_allocates_nothing() {
+    assert_eq!(allocations(0), 0, "connections that come as slots");
+    assert_eq!(allocations(400), 0, "connections that come as descriptors");
+    // Only so that the counter is known to count.
+    let region = Region::new(ALLOCATOR);
+    drop(vec![0u8; 4096]);
+    assert_eq!(region.change().allocations, 1);
+}
