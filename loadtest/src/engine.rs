@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A single-threaded io_uring: multishot accept and receive into shared buffers, plain sends.
 //!
-//! Just enough for a generator that is not the bottleneck. Sends point into memory that never
+//! A connection's number is its place in the ring's own descriptor table, where that pays. Just enough for a generator that is not the bottleneck. Sends point into memory that never
 //! moves: the shared buffers, or one pattern that lives as long as the engine.
 #![expect(unsafe_code, reason = "requests carry pointers")]
 
 use std::net::SocketAddr;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::{Context, Result};
@@ -17,6 +17,8 @@ use socket2::SockAddr;
 /// The ring, its buffers, and the addresses that connects point to.
 pub(crate) struct Engine {
     io: IoUring,
+    buffer_bytes: u32,
+    buffer_count: u16,
     buffers: Vec<u8>,
     entries: Vec<BufRingEntry>,
     offset: usize,
@@ -43,11 +45,43 @@ pub(crate) enum Kind {
     Connect = 2,
     Receive = 3,
     Send = 4,
+    Close = 5,
+}
+
+/// How a request names its socket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Socket {
+    /// By descriptor.
+    Descriptor(RawFd),
+    /// By its place in the ring's table: no lookup, no reference count.
+    Place(usize),
+}
+
+impl Socket {
+    fn number(self) -> types::Fd {
+        types::Fd(match self {
+            Socket::Descriptor(fd) => fd,
+            Socket::Place(place) => RawFd::try_from(place).unwrap_or(-1),
+        })
+    }
+
+    const fn flags(self) -> squeue::Flags {
+        match self {
+            Socket::Descriptor(_) => squeue::Flags::empty(),
+            Socket::Place(_) => squeue::Flags::FIXED_FILE,
+        }
+    }
 }
 
 impl Engine {
-    /// `to` is where connects go; `pattern` bytes can be sent at a time.
-    pub(crate) fn open(to: SocketAddr, pattern: usize) -> Result<Engine> {
+    /// `to` is where connects go; `pattern` bytes can be sent at a time; `message` bytes fit a
+    /// buffer, as far as that is sensible; so many `places` for connections are in the table.
+    pub(crate) fn open(
+        to: SocketAddr,
+        pattern: usize,
+        message: usize,
+        places: u32,
+    ) -> Result<Engine> {
         let io = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -55,76 +89,108 @@ impl Engine {
             .setup_cqsize(16384)
             .build(4096)
             .context("set up io_uring (Linux 6.1 or newer, and not forbidden by seccomp)")?;
-        let mut entries: Vec<BufRingEntry> = Vec::with_capacity(usize::from(COUNT) + PAGE_ENTRIES);
+        let (buffer_bytes, buffer_count) = buffers_for(message);
+        let room = usize::from(buffer_count) + PAGE_ENTRIES;
+        let mut entries: Vec<BufRingEntry> = Vec::with_capacity(room);
         // The ring must begin at a page: leave room to begin anywhere in the first one.
         let start = entries.as_ptr().align_offset(4096);
         anyhow::ensure!(start <= PAGE_ENTRIES, "the buffer ring cannot be aligned");
         let address = entries.as_mut_ptr().wrapping_add(start) as u64;
         // SAFETY: the entries are ours, aligned to a page, and live as long as the ring.
-        unsafe { io.submitter().register_buf_ring_with_flags(address, COUNT, 0, 0) }
+        unsafe { io.submitter().register_buf_ring_with_flags(address, buffer_count, 0, 0) }
             .context("register the buffers")?;
+        io.submitter().register_files_sparse(places).with_context(|| {
+            format!("make a table of {places} descriptors (`ulimit -n` must allow it)")
+        })?;
         let mut engine = Engine {
             io,
-            buffers: vec![0; usize::from(COUNT) * BYTES as usize],
+            buffer_bytes,
+            buffer_count,
+            buffers: vec![0; usize::from(buffer_count) * buffer_bytes as usize],
             entries,
             offset: start,
             pattern: vec![0x5a; pattern],
             tail: 0,
             to: Box::new(to.into()),
         };
-        (0..COUNT).for_each(|buffer| engine.recycle(buffer));
+        (0..buffer_count).for_each(|buffer| engine.recycle(buffer));
         Ok(engine)
     }
 
+    /// Each connection takes a free place of the table.
     pub(crate) fn accept(&mut self, listener: RawFd) {
-        let accept = opcode::AcceptMulti::new(types::Fd(listener)).build();
-        self.push(accept, Kind::Accept, 0);
+        let accept = opcode::AcceptMulti::new(types::Fd(listener)).allocate_file_index(true);
+        self.push(accept.build(), Kind::Accept, 0);
     }
 
-    pub(crate) fn connect(&mut self, connection: usize, fd: RawFd) {
+    /// Puts a socket into the place of its number.
+    pub(crate) fn adopt(&mut self, connection: usize, fd: RawFd) -> Result<()> {
+        let place = u32::try_from(connection)?;
+        self.io.submitter().register_files_update(place, &[fd]).context("register a socket")?;
+        Ok(())
+    }
+
+    /// Empties a place; the socket is closed with it if nobody else has it.
+    pub(crate) fn close(&mut self, connection: usize) {
+        let place = types::Fixed(u32::try_from(connection).unwrap_or(u32::MAX));
+        let close = opcode::Close::new(place).build().flags(squeue::Flags::SKIP_SUCCESS);
+        self.push(close, Kind::Close, connection);
+    }
+
+    pub(crate) fn connect(&mut self, connection: usize, socket: Socket) {
         let (address, bytes) = (self.to.as_ptr().cast(), self.to.len());
-        let connect = opcode::Connect::new(types::Fd(fd), address, bytes).build();
-        self.push(connect, Kind::Connect, connection);
+        let connect = opcode::Connect::new(socket.number(), address, bytes).build();
+        self.push(connect.flags(socket.flags()), Kind::Connect, connection);
     }
 
-    pub(crate) fn receive(&mut self, connection: usize, fd: RawFd) {
-        let receive = opcode::RecvMulti::new(types::Fd(fd), 0).build();
-        self.push(receive, Kind::Receive, connection);
+    pub(crate) fn receive(&mut self, connection: usize, socket: Socket) {
+        let receive = opcode::RecvMulti::new(socket.number(), 0).build();
+        // The builder has set a flag of its own.
+        let flags = socket.flags() | squeue::Flags::BUFFER_SELECT;
+        self.push(receive.flags(flags), Kind::Receive, connection);
     }
 
     /// One receive: nothing is in flight after its completion.
-    pub(crate) fn receive_once(&mut self, connection: usize, fd: RawFd) {
-        let receive = opcode::Recv::new(types::Fd(fd), std::ptr::null_mut(), BYTES)
+    pub(crate) fn receive_once(&mut self, connection: usize, socket: Socket) {
+        let bytes = self.buffer_bytes;
+        let receive = opcode::Recv::new(socket.number(), std::ptr::null_mut(), bytes)
             .buf_group(0)
             .build()
-            .flags(squeue::Flags::BUFFER_SELECT);
+            .flags(squeue::Flags::BUFFER_SELECT | socket.flags());
         self.push(receive, Kind::Receive, connection);
     }
 
     /// Sends `bytes` of the pattern.
-    pub(crate) fn send_pattern(&mut self, connection: usize, fd: RawFd, bytes: usize) {
+    pub(crate) fn send_pattern(&mut self, connection: usize, socket: Socket, bytes: usize) {
         let bytes = bytes.min(self.pattern.len());
         let (address, bytes) = (self.pattern.as_ptr(), u32::try_from(bytes).unwrap_or(0));
-        self.send(connection, fd, address, bytes);
+        self.send(connection, socket, address, bytes);
     }
 
     /// Sends what was received into `buffer`.
-    pub(crate) fn send_buffer(&mut self, connection: usize, fd: RawFd, buffer: u16, bytes: u32) {
-        let address = self.buffers.as_ptr().wrapping_add(usize::from(buffer) * BYTES as usize);
-        self.send(connection, fd, address, bytes);
+    pub(crate) fn send_buffer(
+        &mut self,
+        connection: usize,
+        socket: Socket,
+        buffer: u16,
+        bytes: u32,
+    ) {
+        let place = usize::from(buffer) * self.buffer_bytes as usize;
+        self.send(connection, socket, self.buffers.as_ptr().wrapping_add(place), bytes);
     }
 
     /// Gives a buffer back to the kernel.
     pub(crate) fn recycle(&mut self, buffer: u16) {
         let address =
-            self.buffers.as_ptr().wrapping_add(usize::from(buffer) * BYTES as usize) as u64;
+            self.buffers.as_ptr().wrapping_add(usize::from(buffer) * self.buffer_bytes as usize)
+                as u64;
         let base = self.entries.as_mut_ptr().wrapping_add(self.offset);
-        let place = base.wrapping_add(usize::from(self.tail & (COUNT - 1)));
+        let place = base.wrapping_add(usize::from(self.tail & (self.buffer_count - 1)));
         // SAFETY: the place lies in the reserved room; the kernel reads it only below the tail,
         // and the tail's own two bytes (in entry 0) are not touched by the setters.
         let entry = unsafe { &mut *place };
         entry.set_addr(address);
-        entry.set_len(BYTES);
+        entry.set_len(self.buffer_bytes);
         entry.set_bid(buffer);
         self.tail = self.tail.wrapping_add(1);
         // SAFETY: `base` is the first entry of the registered ring.
@@ -133,9 +199,9 @@ impl Engine {
         unsafe { (*tail).store(self.tail, Ordering::Release) };
     }
 
-    /// Submits, waits up to 10 ms for something, and hands every completion to `take`.
-    pub(crate) fn turn(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        let patience = types::Timespec::new().nsec(10_000_000);
+    /// Submits, waits up to 10 ms for something or not at all, and brings every completion.
+    pub(crate) fn turn(&mut self, events: &mut Vec<Event>, wait: bool) -> Result<()> {
+        let patience = types::Timespec::new().nsec(if wait { 10_000_000 } else { 0 });
         let arguments = types::SubmitArgs::new().timespec(&patience);
         match self.io.submitter().submit_with_args(1, &arguments) {
             Err(error)
@@ -153,7 +219,8 @@ impl Engine {
                 1 => Kind::Accept,
                 2 => Kind::Connect,
                 3 => Kind::Receive,
-                _ => Kind::Send,
+                4 => Kind::Send,
+                _ => Kind::Close,
             },
             more: cqueue::more(entry.flags()),
             result: entry.result(),
@@ -161,10 +228,10 @@ impl Engine {
         Ok(())
     }
 
-    fn send(&mut self, connection: usize, fd: RawFd, address: *const u8, bytes: u32) {
+    fn send(&mut self, connection: usize, socket: Socket, address: *const u8, bytes: u32) {
         let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
-        let send = opcode::Send::new(types::Fd(fd), address, bytes).flags(flags).build();
-        self.push(send, Kind::Send, connection);
+        let send = opcode::Send::new(socket.number(), address, bytes).flags(flags).build();
+        self.push(send.flags(socket.flags()), Kind::Send, connection);
     }
 
     fn push(&mut self, entry: squeue::Entry, kind: Kind, connection: usize) {
@@ -177,16 +244,15 @@ impl Engine {
     }
 }
 
-/// The descriptor that an accept brought.
-pub(crate) fn accepted(number: i32) -> OwnedFd {
-    // SAFETY: the kernel made it for the accept whose completion carried it, and each completion
-    // is read once, so nobody else owns it.
-    unsafe { OwnedFd::from_raw_fd(number) }
+/// Size and number (a power of two) of buffers for messages of this size: together they should fit
+/// a cache. Not the size of a page: what lies a power of two apart shares a few sets of a cache.
+fn buffers_for(message: usize) -> (u32, u16) {
+    match message {
+        0..=192 => (192, 2048),
+        193..=4096 => (4160, 512),
+        _ => (64 << 10, 32),
+    }
 }
 
-/// Bytes of a buffer.
-const BYTES: u32 = 64 << 10;
-/// Buffers; a power of two.
-const COUNT: u16 = 256;
 /// Entries in a page, for alignment.
 const PAGE_ENTRIES: usize = 4096 / size_of::<BufRingEntry>();

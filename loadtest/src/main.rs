@@ -37,6 +37,9 @@ struct Serve {
     /// What to do with a connection
     #[arg(long, value_enum, default_value = "echo")]
     kind: serve::Kind,
+    /// Bytes of the messages to expect: buffers are made for them
+    #[arg(long, default_value_t = 64 << 10)]
+    size: usize,
     /// Congestion control of its sockets; the system's if not said
     #[arg(long)]
     congestion: Option<String>,
@@ -68,6 +71,12 @@ struct Run {
     /// End connections with RST instead of FIN (`connections`)
     #[arg(long)]
     reset: bool,
+    /// Be the server too, in the same thread, which then never sleeps: nobody pays for waking it
+    #[arg(long, value_name = "ADDR")]
+    serve: Option<SocketAddr>,
+    /// Tell how the memory of this process changes (`idle`)
+    #[arg(long, value_name = "PID")]
+    watch_pid: Option<u32>,
 }
 
 fn main() -> Result<()> {

@@ -3,17 +3,19 @@
 //!
 //! Closed loop: every connection waits for its answer before it asks again.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::Run;
 use crate::engine::{self, Engine, Event};
+use crate::serve::{self, Server};
+use crate::{Run, Serve};
 
 /// What to do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -22,6 +24,8 @@ pub(crate) enum Kind {
     Bulk,
     /// Connect, exchange one message, close; again and again
     Connections,
+    /// Connect, and hold the connections without a word
+    Idle,
     /// Exchange messages on connections that stay
     Pingpong,
 }
@@ -36,6 +40,9 @@ struct Outcome {
     per_second: f64,
     seconds: f64,
     size: usize,
+    /// Anonymous memory of the watched process that came for each connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    watched_bytes_per_connection: Option<f64>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -55,6 +62,7 @@ struct Client<'a> {
     engine: Engine,
     errors: u64,
     latency: Histogram<u64>,
+    server: Option<Server>,
     slots: Vec<Slot>,
 }
 
@@ -64,6 +72,7 @@ struct Slot {
     in_flight: u32,
     missing: usize,
     socket: Option<Socket>,
+    stands: bool,
 }
 
 /// Runs and prints the outcome as JSON.
@@ -71,14 +80,18 @@ pub(crate) fn run(arguments: &Run) -> Result<()> {
     if arguments.size == 0 || arguments.connections == 0 {
         bail!("--size and --connections must be above 0");
     }
+    let message = if arguments.kind == Kind::Bulk { usize::MAX } else { arguments.size };
+    let places = u32::try_from(arguments.connections)?;
+    let before = arguments.watch_pid.map(anonymous_bytes).transpose()?;
     let mut client = Client {
         arguments,
         bytes: 0,
         counting: false,
         done: 0,
-        engine: Engine::open(arguments.to, arguments.size)?,
+        engine: Engine::open(arguments.to, arguments.size, message, places)?,
         errors: 0,
         latency: Histogram::new_with_bounds(1, 60_000_000, 3)?,
+        server: arguments.serve.map(|listen| server(arguments, listen)).transpose()?,
         slots: Vec::new(),
     };
     for index in 0..arguments.connections {
@@ -89,12 +102,43 @@ pub(crate) fn run(arguments: &Run) -> Result<()> {
     client.counting = true;
     let began = Instant::now();
     client.turn_for(arguments.duration)?;
-    let outcome = client.outcome(began.elapsed());
+    let mut outcome = client.outcome(began.elapsed());
+    if let (Some(pid), Some(before)) = (arguments.watch_pid, before) {
+        let grown = anonymous_bytes(pid)?.saturating_sub(before);
+        outcome.watched_bytes_per_connection = Some(ratio(grown, client.standing()));
+    }
     println_json(&outcome)?;
-    if client.done == 0 && client.bytes == 0 {
+    if arguments.kind == Kind::Idle {
+        let standing = client.standing();
+        ensure!(standing == u64::from(places), "{standing} of {places} connections stand");
+    } else if client.done == 0 && client.bytes == 0 {
         bail!("nothing got through to {} ({} errors)", arguments.to, client.errors);
     }
     Ok(())
+}
+
+/// The server that this load wants.
+fn server(arguments: &Run, listen: SocketAddr) -> Result<Server> {
+    let kind = match arguments.kind {
+        Kind::Bulk => serve::Kind::Source,
+        _ => serve::Kind::Echo,
+    };
+    let congestion = arguments.congestion.clone();
+    Server::open(&Serve { listen, kind, size: arguments.size, congestion })
+}
+
+/// Resident memory that belongs to user space alone (proc_pid_smaps(5)).
+fn anonymous_bytes(pid: u32) -> Result<u64> {
+    let place = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&place).with_context(|| format!("read {place}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Anonymous:"));
+    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kilobytes.with_context(|| format!("no Anonymous in {place}"))? * 1024)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
+fn ratio(one: u64, other: u64) -> f64 {
+    one as f64 / other.max(1) as f64
 }
 
 #[expect(clippy::print_stdout, reason = "the outcome is what the command is for")]
@@ -105,11 +149,14 @@ fn println_json(outcome: &Outcome) -> Result<()> {
 
 impl Slot {
     fn new() -> Slot {
-        Slot { began: Instant::now(), closing: false, in_flight: 0, missing: 0, socket: None }
-    }
-
-    fn fd(&self) -> RawFd {
-        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+        Slot {
+            began: Instant::now(),
+            closing: false,
+            in_flight: 0,
+            missing: 0,
+            socket: None,
+            stands: false,
+        }
     }
 }
 
@@ -118,7 +165,10 @@ impl Client<'_> {
         let until = Instant::now() + span;
         let mut events = Vec::new();
         while Instant::now() < until {
-            self.engine.turn(&mut events)?;
+            if let Some(server) = &mut self.server {
+                server.turn(false)?;
+            }
+            self.engine.turn(&mut events, self.server.is_none())?;
             for event in &events {
                 self.take(*event)?;
             }
@@ -137,10 +187,26 @@ impl Client<'_> {
         if self.arguments.reset {
             socket.set_linger(Some(Duration::ZERO))?;
         }
-        let slot = &mut self.slots[index];
-        *slot = Slot { in_flight: 1, socket: Some(socket), ..Slot::new() };
-        self.engine.connect(index, slot.fd());
+        if self.arguments.kind != Kind::Connections {
+            self.engine.adopt(index, socket.as_raw_fd())?;
+        }
+        self.slots[index] = Slot { in_flight: 1, socket: Some(socket), ..Slot::new() };
+        self.engine.connect(index, self.socket(index));
         Ok(())
+    }
+
+    /// Sockets that stay have a place in the table; for others it would cost a syscall each.
+    fn socket(&self, index: usize) -> engine::Socket {
+        if self.arguments.kind != Kind::Connections {
+            return engine::Socket::Place(index);
+        }
+        let socket = self.slots[index].socket.as_ref();
+        engine::Socket::Descriptor(socket.map_or(-1, AsRawFd::as_raw_fd))
+    }
+
+    /// Connections that are open.
+    fn standing(&self) -> u64 {
+        self.slots.iter().filter(|slot| slot.stands).count() as u64
     }
 
     fn take(&mut self, event: Event) -> Result<()> {
@@ -165,10 +231,13 @@ impl Client<'_> {
         match event.kind {
             engine::Kind::Connect => {
                 self.listen(index);
-                self.ask(index);
+                self.slots[index].stands = true;
+                if self.arguments.kind != Kind::Idle {
+                    self.ask(index);
+                }
             }
             engine::Kind::Receive => return self.received(index, event),
-            engine::Kind::Accept | engine::Kind::Send => {}
+            engine::Kind::Accept | engine::Kind::Close | engine::Kind::Send => {}
         }
         Ok(())
     }
@@ -180,7 +249,7 @@ impl Client<'_> {
         if self.arguments.kind == Kind::Pingpong {
             slot.began = Instant::now();
         }
-        self.engine.send_pattern(index, slot.fd(), self.arguments.size);
+        self.engine.send_pattern(index, self.socket(index), self.arguments.size);
     }
 
     fn received(&mut self, index: usize, event: Event) -> Result<()> {
@@ -208,12 +277,12 @@ impl Client<'_> {
     }
 
     fn listen(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        slot.in_flight += 1;
+        self.slots[index].in_flight += 1;
+        let socket = self.socket(index);
         if self.arguments.kind == Kind::Connections {
-            self.engine.receive_once(index, slot.fd());
+            self.engine.receive_once(index, socket);
         } else {
-            self.engine.receive(index, slot.fd());
+            self.engine.receive(index, socket);
         }
     }
 
@@ -221,6 +290,7 @@ impl Client<'_> {
     fn end(&mut self, index: usize) -> Result<()> {
         let slot = &mut self.slots[index];
         slot.closing = true;
+        slot.stands = false;
         if let Some(socket) = slot.socket.as_ref().filter(|_| slot.in_flight > 0) {
             // Wakes what is in flight, so that the socket can be closed for good.
             let _ = socket.shutdown(std::net::Shutdown::Both);
@@ -253,6 +323,7 @@ impl Client<'_> {
             per_second: self.done as f64 / seconds,
             seconds,
             size: self.arguments.size,
+            watched_bytes_per_connection: None,
         }
     }
 }
