@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The checked-in eBPF object is what its source says.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
 use std::path::Path;
