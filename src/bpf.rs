@@ -223,14 +223,22 @@ fn fill(bpf: &mut Ebpf, plan: &HookPlan) -> Result<(), HookError> {
 
 fn fill_networks(bpf: &mut Ebpf, name: &'static str, list: &[IpNet]) -> Result<(), HookError> {
     let map = bpf.map_mut(name).ok_or(HookError::Built(name))?;
-    let mut trie: LpmTrie<&mut MapData, [u8; 16], u32> =
+    let mut trie: LpmTrie<&mut MapData, [u8; 20], u32> =
         LpmTrie::try_from(map).map_err(map_error(name))?;
     for network in list {
-        let (ip, bits) = match network.addr() {
-            IpAddr::V4(ip) => (ip.to_ipv6_mapped(), 96),
-            IpAddr::V6(ip) => (ip, 0),
-        };
-        let key = Key::new(bits + u32::from(network.prefix_len()), ip.octets());
+        // `struct network` of shared.h after its prefix: family, address.
+        let mut whole = [0; 20];
+        match network.addr() {
+            IpAddr::V4(ip) => {
+                whole[..4].copy_from_slice(&4u32.to_ne_bytes());
+                whole[4..8].copy_from_slice(&ip.octets());
+            }
+            IpAddr::V6(ip) => {
+                whole[..4].copy_from_slice(&6u32.to_ne_bytes());
+                whole[4..].copy_from_slice(&ip.octets());
+            }
+        }
+        let key = Key::new(FAMILY_BITS + u32::from(network.prefix_len()), whole);
         trie.insert(&key, 1, 0).map_err(map_error(name))?;
     }
     Ok(())
@@ -289,5 +297,7 @@ const PROGRAMS: &[(&str, bool)] = &[
     ("weir_connect4", true),
     ("weir_connect6", true),
 ];
+/// The family stands before the address.
+const FAMILY_BITS: u32 = 32;
 /// 65,536 ports, 64 to a word.
 const PORT_WORD_LAST: u16 = 1023;

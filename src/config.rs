@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use crate::profile::Profile;
 
 mod capture;
+mod claims;
 mod read;
 #[cfg(test)]
 mod tests;

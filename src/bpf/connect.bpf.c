@@ -112,10 +112,15 @@ static __always_inline int is_loopback(const struct address *ip)
 
 static __always_inline int is_wanted(const struct address *ip, __u32 port)
 {
-	struct network whole = { .prefix_bits = 128, .ip = *ip };
+	struct network whole = { .prefix_bits = 32 + 128, .family = 6, .ip = *ip };
 	__u32 index = (port >> 6) & 1023;
 	__u64 *word = bpf_map_lookup_elem(&ports, &index);
 
+	if (is_v4(ip)) {
+		whole.prefix_bits = 32 + 32;
+		whole.family = 4;
+		whole.ip.word[0] = ip->word[3];
+	}
 	return word && (*word >> (port & 63) & 1) && bpf_map_lookup_elem(&include_nets, &whole) &&
 	       !bpf_map_lookup_elem(&exclude_nets, &whole);
 }

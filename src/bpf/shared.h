@@ -22,10 +22,11 @@ struct record {
 	__u64 cookie; /* of the socket that made the record: nobody else deletes it */
 };
 
-/* Longest-prefix key over v4-mapped addresses: an IPv4 prefix counts 96 bits more. */
+/* Longest-prefix key: the family comes first, so that no prefix covers both. */
 struct network {
-	__u32 prefix_bits;
-	struct address ip;
+	__u32 prefix_bits; /* of what follows: 32 more than the prefix of the address */
+	__u32 family;      /* 4 or 6 */
+	struct address ip; /* IPv4 in the first word */
 };
 
 /* Index into `losses`. */

@@ -33,6 +33,11 @@ pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
         return print(&format!("{}\n", answer.text()));
     }
     let flows: Vec<FlowView> = answer.json().map_err(failed)?;
+    print(&table(&flows))
+}
+
+/// Flows in rows, with a head.
+pub(super) fn table(flows: &[FlowView]) -> String {
     let mut table = format!(
         "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>8}\n",
         "DIRECTION",
@@ -44,7 +49,7 @@ pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
         "TO DOWN",
         "AGE"
     );
-    for flow in &flows {
+    for flow in flows {
         let address = |address: &Option<String>| address.clone().unwrap_or_else(|| "-".to_owned());
         let _ = writeln!(
             table,
@@ -59,7 +64,7 @@ pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
             flow.age_ms / 1000,
         );
     }
-    print(&table)
+    table
 }
 
 pub(super) fn drain(socket: &Path) -> Result<(), Failure> {

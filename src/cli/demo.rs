@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::{Failure, print};
+use super::{Failure, ask, print};
 use crate::config;
 
 use lab::{CLIENT, Lab, NODE_TO_CLIENT, Place, Refusal, SERVER, bare};
@@ -52,7 +52,7 @@ impl Demo {
         servers::load(&mut lab, Place::Client, &bare(NODE_TO_CLIENT[0]), self.seconds)?;
         servers::load(&mut lab, Place::Workload, &bare(SERVER[0]), self.seconds)?;
         let seen = watch::live(&lab, &socket, self.seconds, &mut say);
-        say(&format!("\n  {}", watch::table(&seen.sample)));
+        say(&format!("\n{}", ask::table(&seen.sample)));
         summary(&mut lab, &socket, &seen);
         show_end(&mut lab)?;
         drop(lab);

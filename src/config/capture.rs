@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use super::read::{ADDRESS, Claim};
+use super::claims::{ADDRESS, Claim};
 use super::{
     Destinations, Inbound, InboundCapture, Outbound, OutboundCapture, Ports, ProxyProtocol,
     SourceAddress, Workload,

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use super::claims::{ADDRESS, Claim, overlaps};
 use super::{Admin, Balance, Config, Forward, OnExit, Workers, capture};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Place, Section, nearest, parsed};
@@ -75,30 +76,6 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
     }
     overlaps(&claims, mistakes);
     config
-}
-
-/// An address that something of ours shall listen on.
-pub(super) struct Claim {
-    addr: SocketAddr,
-    path: String,
-    place: Place,
-}
-
-impl Claim {
-    pub(super) fn new(path: &str, place: Place, addr: SocketAddr) -> Claim {
-        Claim { addr, path: path.to_owned(), place }
-    }
-}
-
-fn overlaps(claims: &[Claim], mistakes: &mut Mistakes) {
-    for (index, claim) in claims.iter().enumerate() {
-        for other in claims.iter().take(index) {
-            if other.path != claim.path && overlap(other.addr, claim.addr) {
-                let text = format!("listens where {} does ({})", other.path, other.addr);
-                mistakes.add(claim.place, &claim.path, text);
-            }
-        }
-    }
 }
 
 fn profile(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Profile {
@@ -198,18 +175,7 @@ fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes)
     Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }
 }
 
-/// Both cannot be bound: `[::]` takes IPv4 too.
-fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
-    let covers = |wide: SocketAddr, narrow: SocketAddr| {
-        wide.ip().is_unspecified() && (wide.is_ipv6() || narrow.is_ipv4())
-    };
-    one.port() == other.port()
-        && one.port() != 0
-        && (one.ip() == other.ip() || covers(one, other) || covers(other, one))
-}
-
 const START: Place = Place { column: 1, line: 1 };
-pub(super) const ADDRESS: &str = "an address with port (`127.0.0.1:80` or `[::1]:80`)";
 const BALANCE: [(&str, Balance); 2] =
     [("least_flows", Balance::LeastFlows), ("round_robin", Balance::RoundRobin)];
 const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];

@@ -72,7 +72,7 @@ pub fn listen(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, List
     let failed = |step, cure| move |source| ListenError::Step { addr, cure, source, step };
     let domain = Domain::for_address(addr);
     let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))
-        .map_err(failed("make a socket", ""))?;
+        .map_err(failed("make a socket", if addr.is_ipv6() { NO_IPV6 } else { "" }))?;
     socket.set_reuse_address(true).map_err(failed("set SO_REUSEADDR", ""))?;
     if options.shared {
         socket.set_reuse_port(true).map_err(failed("set SO_REUSEPORT", ""))?;
@@ -237,6 +237,7 @@ fn bind_error(addr: SocketAddr, source: io::Error) -> ListenError {
 }
 
 const SO_NETNS_COOKIE_BYTES: libc::socklen_t = 8;
+const NO_IPV6: &str = " (is IPv6 switched off here? listen on an IPv4 address)";
 const NEEDS_NET_ADMIN: &str = " (needs CAP_NET_ADMIN)";
 
 #[cfg(test)]

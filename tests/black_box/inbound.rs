@@ -26,6 +26,13 @@ fn doors() -> [(String, &'static str); 2] {
     [(format!("{v4}:80"), Net::CLIENT[0]), (format!("[{v6}]:80"), Net::CLIENT[1])]
 }
 
+/// A client dials `door`, and the workload sees whom it saw.
+fn meet(net: &Net, app: &TcpListener, door: &str) -> (TcpStream, TcpStream, String) {
+    let client = net.connect(Place::Client, door);
+    let (served, seen) = app.accept().unwrap();
+    (client, served, seen.ip().to_canonical().to_string())
+}
+
 fn no_conntrack(net: &Net) {
     assert_eq!(net.conntrack(), "", "connection tracking saw nothing");
 }
@@ -38,9 +45,8 @@ fn workload_sees_its_client_and_nothing_is_tracked() {
     let app = net.listen(Place::Node, "[::]:80");
     let weir = Weir::run(&net, "workers: 2\ninbound: {}");
     for (door, client_ip) in doors() {
-        let mut client = net.connect(Place::Client, &door);
-        let (mut served, seen) = app.accept().unwrap();
-        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
+        let (mut client, mut served, seen) = meet(&net, &app, &door);
+        assert_eq!(seen, client_ip);
         client.write_all(b"ping").unwrap();
         served.read_exact(&mut [0; 4]).unwrap();
         let flow = weir.flows().remove(0);
@@ -240,9 +246,8 @@ fn own_source_needs_no_sysctl_and_tracks_nothing() {
     let weir = Weir::run(&net, "workers: 1\ninbound: { source: own }");
     assert!(!net.run(Place::Node, &["ip", "rule"]).contains("133"));
     for (door, client_ip) in doors() {
-        let mut client = net.connect(Place::Client, &door);
-        let (mut served, seen) = app.accept().unwrap();
-        assert_ne!(seen.ip().to_canonical().to_string(), client_ip);
+        let (mut client, mut served, seen) = meet(&net, &app, &door);
+        assert_ne!(seen, client_ip);
         scope(|scope| {
             scope.spawn(|| send(&mut served, 1, 500_000).unwrap());
             check(&mut client, 1, 500_000);
@@ -273,10 +278,8 @@ fn connections_made_by_cookie_are_taken() {
     let app = net.listen(Place::Node, "[::]:80");
     let weir = Weir::run(&net, "workers: 1\ninbound: {}");
     for (door, client_ip) in doors() {
-        let client = net.connect(Place::Client, &door);
-        let (served, seen) = app.accept().unwrap();
-        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
-        drop((client, served));
+        let (_client, _served, seen) = meet(&net, &app, &door);
+        assert_eq!(seen, client_ip);
     }
     assert_eq!(weir.opened(), 2);
     drop(app);
@@ -345,10 +348,8 @@ fn strict_filters_do_no_harm() {
     let app = net.listen(Place::Node, "[::]:80");
     let weir = Weir::run(&net, "workers: 1\ninbound: {}");
     for (door, client_ip) in doors() {
-        let client = net.connect(Place::Client, &door);
-        let (served, seen) = app.accept().unwrap();
-        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
-        drop((client, served));
+        let (_client, _served, seen) = meet(&net, &app, &door);
+        assert_eq!(seen, client_ip);
     }
     assert_eq!(weir.opened(), 2);
     drop(app);

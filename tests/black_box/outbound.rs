@@ -148,6 +148,18 @@ fn what_is_not_asked_for_passes_untouched() {
     rig.end();
 }
 
+/// A prefix of one family says nothing about the other.
+#[test]
+fn prefix_of_one_family_leaves_the_other_alone() {
+    let rig = Rig::new(", include: { cidrs: [\"::/0\"] }");
+    rig.says("dial(V4, ('10.98.2.2', 80)); dial(V6, ('::ffff:10.98.2.2', 80))");
+    assert_eq!(rig.weir.opened(), 0);
+    rig.says("dial(V6, ('fd98:2::2', 80))");
+    assert_eq!(rig.weir.opened(), 1);
+    until("direct connections are gone", || rig.net.sockets().is_empty());
+    rig.end();
+}
+
 /// Only the networks and ports that are asked for are taken.
 #[test]
 fn only_what_is_included_is_taken() {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The running weir of the demo, looked at from outside: counters, flows, conntrack.
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -59,28 +58,6 @@ pub(super) fn live(lab: &Lab, socket: &Path, seconds: u64, say: &mut dyn FnMut(&
         last = now;
     }
     seen
-}
-
-/// A few rows of `weir flows`.
-pub(super) fn table(flows: &[FlowView]) -> String {
-    let mut text = format!(
-        "{:<9} {:<8} {:<24} {:<22} {:<22}",
-        "DIRECTION", "CAPTURE", "DOWNSTREAM", "ORIGINAL DST", "UPSTREAM"
-    );
-    for flow in flows {
-        let address = |address: &Option<String>| address.clone().unwrap_or_else(|| "-".to_owned());
-        // Writing to a string cannot fail.
-        let _ = write!(
-            text,
-            "\n  {:<9} {:<8} {:<24} {:<22} {:<22}",
-            flow.direction,
-            flow.capture,
-            address(&flow.downstream),
-            address(&flow.original_dst),
-            flow.upstream
-        );
-    }
-    text
 }
 
 /// Flows opened and bytes moved, inbound and outbound.
