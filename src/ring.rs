@@ -93,13 +93,15 @@ impl Ring {
     /// Accepts one connection. Without a free slot for it the kernel would accept it all the same
     /// and drop it (`io_accept` in io_uring/net.c), so ask only when there is one.
     pub fn accept_one(&mut self, token: Token, listener: BorrowedFd<'_>, into: AcceptInto) {
-        let fd = types::Fd(listener.as_raw_fd());
-        let accept = opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut());
-        let accept = match into {
-            AcceptInto::Descriptors => accept.flags(libc::SOCK_CLOEXEC),
-            AcceptInto::Slots => accept.file_index(Some(types::DestinationSlot::auto_target())),
-        };
-        self.push(accept.build().user_data(token.raw()));
+        self.push(accept(listener, into).user_data(token.raw()));
+    }
+
+    /// As `accept_one`, but EAGAIN where nobody waits: the listener's `O_NONBLOCK` says nothing to
+    /// the ring.
+    pub fn accept_waiting(&mut self, token: Token, listener: BorrowedFd<'_>, into: AcceptInto) {
+        let mut accept = accept(listener, into);
+        write_field(&mut accept, IOPRIO_OFFSET, IORING_ACCEPT_DONTWAIT);
+        self.push(accept.user_data(token.raw()));
     }
 
     /// Accepts until cancelled or failed; each connection is an event of its own. There must be
@@ -337,19 +339,37 @@ fn limit_receive(receive: &mut Entry, bytes: u32) {
     write_field(receive, OPTLEN_OFFSET, bytes);
 }
 
-/// Writes four bytes of a request for which the crate has no name.
-fn write_field(entry: &mut Entry, offset: usize, value: u32) {
-    debug_assert!(offset + 4 <= size_of::<Entry>());
+fn accept(listener: BorrowedFd<'_>, into: AcceptInto) -> Entry {
+    let fd = types::Fd(listener.as_raw_fd());
+    let accept = opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut());
+    match into {
+        AcceptInto::Descriptors => accept.flags(libc::SOCK_CLOEXEC).build(),
+        AcceptInto::Slots => accept.file_index(Some(types::DestinationSlot::auto_target())).build(),
+    }
+}
+
+/// Writes a field of a request for which the crate has no name.
+fn write_field<T: Field>(entry: &mut Entry, offset: usize, value: T) {
+    debug_assert!(offset + size_of::<T>() <= size_of::<Entry>());
     let raw = (&raw mut *entry).cast::<u8>().wrapping_add(offset);
     // SAFETY: an entry is the 64 bytes of `struct io_uring_sqe` and nothing else (asserted
-    // below), both offsets in use lie within, and any four bytes are valid there.
-    unsafe { raw.cast::<u32>().write_unaligned(value) };
+    // below), all offsets in use lie within, and any bytes are valid there.
+    unsafe { raw.cast::<T>().write_unaligned(value) };
 }
+
+/// What fields of a request are made of.
+trait Field: Copy {}
+impl Field for u16 {}
+impl Field for u32 {}
 
 const _: () = assert!(size_of::<Entry>() == 64);
 
 /// Place of `optlen` in `struct io_uring_sqe` (linux/io_uring.h).
 const OPTLEN_OFFSET: usize = 44;
+/// Place of `ioprio` in it, where an accept has its flags.
+const IOPRIO_OFFSET: usize = 2;
+/// `IORING_ACCEPT_DONTWAIT`, since 6.10.
+const IORING_ACCEPT_DONTWAIT: u16 = 1 << 1;
 /// Place of `cmd_op` in it.
 const CMD_OP_OFFSET: usize = 8;
 /// `SOCKET_URING_OP_GETSOCKOPT`: laid out as its sibling that sets.

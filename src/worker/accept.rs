@@ -44,6 +44,8 @@ pub(super) struct State {
     origin: Origin,
     /// Where it listens: who is accepted for this port was not captured.
     pub(super) port: u16,
+    /// Connections that a drain still takes from the queue, so that it ends even in a storm.
+    rest: u32,
     pub(super) route: Route,
 }
 
@@ -53,6 +55,8 @@ enum Accept {
     Cancelled,
     /// None in flight.
     Idle,
+    /// Draining: a request for what still waits in the queue is in flight.
+    Last,
     /// A request for one connection after the other is in flight.
     Many,
     /// A request for one connection is in flight.
@@ -119,11 +123,10 @@ impl Worker {
     /// An accept brought a connection, an error, or its end.
     pub(super) fn accepted(&mut self, index: usize, event: Event) {
         let now = self.clock.now();
-        let draining = self.drain_until.is_some();
-        match self.listening.states.get_mut(index).filter(|_| !event.more) {
-            Some(state) if draining => state.end(),
-            Some(state) => state.accept = Accept::Idle,
-            None => {}
+        if !event.more && self.drain_until.is_some() {
+            self.accept_rest(index, event.result);
+        } else if let Some(state) = self.listening.states.get_mut(index).filter(|_| !event.more) {
+            state.accept = Accept::Idle;
         }
         let Ok(listener) = u16::try_from(index) else { return };
         match u32::try_from(event.result) {
@@ -141,6 +144,21 @@ impl Worker {
                 self.listening.retry_at = Some(now.saturating_add(Clock::ticks(ACCEPT_RETRY)));
             }
         }
+    }
+
+    /// Draining: whoever the kernel has connected already is still let in, then the door is shut.
+    fn accept_rest(&mut self, index: usize, result: i32) {
+        // The connection that `result` may stand for has no slot in the count yet.
+        let has_room = self.slab.occupied() + 1 < self.setup.share.flows_max;
+        let into = self.listening.into;
+        let Some(state) = self.listening.states.get_mut(index) else { return };
+        let is_empty = state.accept == Accept::Last && result < 0;
+        let Some(fd) = state.fd.as_ref().filter(|_| !is_empty && has_room && state.rest > 0) else {
+            return state.end();
+        };
+        state.accept = Accept::Last;
+        state.rest -= 1;
+        self.ring.accept_waiting(token(index), fd.as_fd(), into);
     }
 
     fn may_accept(&mut self) -> bool {
@@ -234,7 +252,7 @@ impl Listening {
     /// Takes the listeners out of `setup`.
     pub(super) fn new(setup: &mut Setup) -> Listening {
         let into = into(setup);
-        let source_ports = setup.source_ports.clone();
+        let (source_ports, backlog) = (setup.source_ports.clone(), setup.profile.limits.backlog);
         let parked_max = match into {
             AcceptInto::Slots => 0,
             // An accept can hand over no more than the ring has room to say.
@@ -247,7 +265,7 @@ impl Listening {
             retry_at: None,
             source_ports,
             sources: Sources::new(setup.share.flows_per_source_max, setup.share.flows_max),
-            states: setup.listeners.drain(..).map(State::new).collect(),
+            states: setup.listeners.drain(..).map(|one| State::new(one, backlog)).collect(),
         }
     }
 
@@ -307,7 +325,7 @@ impl Listening {
 }
 
 impl State {
-    fn new(listener: Listener) -> State {
+    fn new(listener: Listener, backlog: u32) -> State {
         let Listener { fd, route, .. } = listener;
         let (origin, endpoints) = match &route {
             Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
@@ -322,6 +340,7 @@ impl State {
             next_endpoint: 0,
             origin,
             port,
+            rest: backlog,
             route,
         }
     }

@@ -223,7 +223,7 @@ fn accept_pauses_without_descriptors_and_recovers() {
     let mut asking = Vec::new();
     until("no descriptor is left", || {
         let is_over = weir.next_descriptor() >= limit;
-        if !is_over && asking.len() < 4 {
+        if !is_over && asking.len() < 16 {
             asking.push(UnixStream::connect(weir.socket()).unwrap());
         }
         is_over

@@ -12,7 +12,7 @@ use std::thread::Scope;
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
 
-use super::{PATIENCE, until};
+use super::{PATIENCE, expect_reset, until};
 
 /// The three namespaces of one test; removed on drop, with everything in them.
 pub(crate) struct Net {
@@ -114,7 +114,9 @@ impl Net {
         self.within(place, || {
             let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).unwrap();
             socket.set_reuse_address(true).unwrap();
-            socket.bind(&addr.into()).unwrap();
+            // A child that another test starts just now has, until it runs, a copy of every
+            // descriptor: of a listener that was closed here, too.
+            until("the port is free", || socket.bind(&addr.into()).is_ok());
             socket.listen(4096).unwrap();
             socket.into()
         })
@@ -130,6 +132,14 @@ impl Net {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         Ok(stream)
+    }
+
+    /// Connects and is reset, which may come before the connect returns.
+    pub(crate) fn is_reset(&self, place: Place, addr: &str) {
+        match self.try_connect(place, addr) {
+            Ok(mut stream) => expect_reset(&mut stream),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}"),
+        }
     }
 
     pub(crate) fn set(&self, place: Place, sysctl: &str) {
