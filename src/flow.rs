@@ -104,7 +104,10 @@ impl Flow {
                 Err(_) => return self.abort(CloseReason::reset_by(side), segments, ops),
             },
             Completion::Sent { from, result } => match result {
-                Ok(bytes) => self.half(from).sent(segments, bytes),
+                Ok(bytes) if self.half(from).sent(segments, bytes) => {}
+                // The error that cut it short was swallowed, and the next receive on that socket
+                // would look like FIN (`sk_stream_error` in net/core/stream.c takes `sk_err`).
+                Ok(_) => return self.abort(CloseReason::reset_by(from.other()), segments, ops),
                 Err(Errno(EAGAIN | EINTR)) => self.half(from).send = Send::Idle,
                 Err(_) => return self.abort(CloseReason::reset_by(from.other()), segments, ops),
             },

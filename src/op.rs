@@ -184,7 +184,7 @@ pub enum Completion {
     Sent {
         /// The half, named by the side it reads from.
         from: Side,
-        /// Bytes the kernel took; may fall short of what was asked only before an error.
+        /// Bytes the kernel took; fewer than were asked only where the connection is broken.
         result: Result<u32, Errno>,
     },
     /// FIN was sent on `side`, or could not be.

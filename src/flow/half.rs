@@ -18,6 +18,8 @@ pub(super) struct Half {
     pub(super) receive: Receive,
     pub(super) send: Send,
     burst: Burst,
+    /// Segments of the send in flight.
+    sending: u16,
 }
 
 /// What the receiving socket is doing.
@@ -64,6 +66,7 @@ impl Half {
             queue: Queue::new(),
             receive: Receive::Idle,
             send,
+            sending: 0,
         }
     }
 
@@ -85,10 +88,14 @@ impl Half {
         was_bulk
     }
 
-    pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) {
+    /// The socket took so many bytes; false if not all that it was asked to take, which it does
+    /// only when its connection is broken.
+    pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) -> bool {
         self.send = Send::Idle;
         self.moved_bytes += u64::from(bytes);
+        let before = self.queue.count();
         segments.advance(&mut self.queue, bytes);
+        before - self.queue.count() == self.sending
     }
 
     /// The next receive, if there is room for it and none is in flight.
@@ -115,7 +122,8 @@ impl Half {
             return None;
         }
         self.send = Send::InFlight;
-        Some(Op::Send { from, segments: self.queue.count().min(SEGMENTS_PER_SEND_MAX) })
+        self.sending = self.queue.count().min(SEGMENTS_PER_SEND_MAX);
+        Some(Op::Send { from, segments: self.sending })
     }
 
     fn has_room(&self, rules: &Rules) -> bool {

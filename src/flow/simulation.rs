@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Random lives of flows against a fake ring, each from a seed.
 //!
-//! The fake ring answers requests in any order, cuts sends short, fails at any step, runs out of
-//! buffers, lets cancels race, fires timers. What must hold, whatever happens:
+//! The fake ring answers requests in any order, cuts sends short where a connection breaks, fails at
+//! any step, runs out of buffers, lets cancels race, fires timers. What must hold, whatever happens:
 //!
 //! 1. Bytes out are a prefix of bytes in, in order; all of them if both ends finished.
 //! 2. At most one request of a kind is in flight; a socket is closed only when none is.
 //! 3. FIN follows the last byte; each socket is closed exactly once, upstream first.
 //! 4. A direction never holds more than its window or (but for what was on its way) its segments.
 //! 5. Every buffer comes home; a flow that can go on does.
+//! 6. Once a connection has broken, no FIN is sent: the other end must not take it for the end.
 //!
 //! Replay one with `WEIR_SEED=<n> cargo test --lib simulation`.
 
@@ -61,6 +62,8 @@ struct World {
     in_flight: Vec<(Request, Op)>,
     cancelled: Vec<Request>,
     starved: VecDeque<Side>,
+    /// A send was cut short.
+    broken: bool,
     error_chance: u64,
     queues: [Queue; 2],
     can_limit: bool,
@@ -88,6 +91,7 @@ impl World {
             in_flight: Vec::new(),
             cancelled: Vec::new(),
             starved: VecDeque::new(),
+            broken: false,
             queues: [Queue::new(); 2],
             error_chance: [0, 0, 300, 40][random.below(4) as usize],
             can_limit: !random.one_in(4),
@@ -111,7 +115,8 @@ impl World {
                     assert!(segments > 0 && segments <= flow.queue(from).count());
                 }
                 Op::Receive { credit_bytes, .. } => assert!(credit_bytes > 0),
-                Op::Connect | Op::Shutdown(_) => {}
+                Op::Shutdown(_) => assert!(!self.broken, "FIN after a connection broke"),
+                Op::Connect => {}
             }
         }
         self.home.extend(std::iter::from_fn(|| self.segments.take_freed()));
@@ -214,8 +219,8 @@ impl World {
         }
         let queued: Vec<Segment> = self.queued(from).take(usize::from(segments)).collect();
         let all: u32 = queued.iter().map(|segment| segment.len).sum();
-        let sent =
-            if self.random.one_in(5) { self.random.below(u64::from(all)) as u32 } else { all };
+        self.broken = self.random.one_in(self.error_chance);
+        let sent = if self.broken { self.random.below(u64::from(all)) as u32 } else { all };
         let mut left = u64::from(sent);
         for segment in queued {
             let first = self.contents[usize::from(segment.buffer.0)] + u64::from(segment.offset);
@@ -257,6 +262,7 @@ fn live(seed: u64) -> CloseReason {
     }
     assert_eq!(world.home.len(), buffers, "every buffer comes home");
     let finished = flow.closed() == Some(CloseReason::Finished);
+    assert!(!finished || !world.broken, "a broken connection is no friendly end");
     for side in Side::BOTH {
         let (peer, other) = (&world.peers[side as usize], &world.peers[side.other() as usize]);
         assert_eq!(peer.closed, Some(!finished), "a reset stays a reset");

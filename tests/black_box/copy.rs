@@ -176,6 +176,38 @@ fn reset_of_one_end_resets_the_other() {
     rig.end();
 }
 
+/// RL4: a reset stays a reset behind a send that waits for room: that send swallows the error, and
+/// what is received next looks like FIN.
+#[test]
+fn reset_behind_a_blocked_send_is_no_end_of_stream() {
+    let rig = Rig::new();
+    for round in 0..100 {
+        let (client, server) = rig.pair();
+        let (mut writer, mut other) =
+            if round % 2 == 0 { (client, server) } else { (server, client) };
+        writer.set_nonblocking(true).unwrap();
+        // Until both sockets and weir's window are full: nobody reads at the other end.
+        let mut taken = 0;
+        until("the writer is stopped", || {
+            let before = taken;
+            while let Ok(bytes) = writer.write(&[1; 65536]) {
+                taken += bytes;
+            }
+            taken > 0 && taken == before
+        });
+        writer.set_nonblocking(false).unwrap();
+        scope(|scope| {
+            scope.spawn(|| expect_reset(&mut writer));
+            other.write_all(b"an answer that is not whole").unwrap();
+            SockRef::from(&other).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(other);
+        });
+    }
+    let resets = || rig.weir.closed("downstream_reset") + rig.weir.closed("upstream_reset");
+    until("every reset is counted", || resets() == 100);
+    rig.end();
+}
+
 /// RL9: a peer that is gone without a word is found out, idle or with bytes on their way.
 #[test]
 fn peer_that_lost_power_is_given_up() {
