@@ -4,12 +4,13 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::control::RunError;
-use crate::profile::RelayMode;
+use crate::profile::{Profile, RelayMode};
+use crate::yaml::nearest;
 
 mod ask;
 mod check;
@@ -17,6 +18,7 @@ mod demo;
 mod forward;
 mod pages;
 mod run;
+mod tune;
 
 /// The forwarding dataplane of a service mesh node.
 #[derive(Debug, Parser)]
@@ -80,6 +82,11 @@ enum Verb {
         /// Wait up to so many seconds until every worker accepts and capture is in place
         #[arg(long, value_name = "SECONDS")]
         wait: Option<u64>,
+    },
+    /// Show the profiles, and set the sysctls that they want
+    Tune {
+        #[command(subcommand)]
+        verb: tune::TuneVerb,
     },
 }
 
@@ -233,6 +240,7 @@ pub fn run() -> Result<(), Failure> {
         Verb::Man { directory } => pages::man(&directory),
         Verb::Run { config } => run::run(&config),
         Verb::Status { ask, wait } => ask::status(&ask.ask.socket, ask.output, wait),
+        Verb::Tune { verb } => tune::run(verb),
     }
 }
 
@@ -245,6 +253,23 @@ fn print(text: &str) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// A shipped profile by its name, or a file by its path.
+fn profile_of(word: &str) -> Result<Profile, Failure> {
+    let is_path = Path::new(word).extension().is_some_and(|end| end == "yaml");
+    if is_path {
+        return Profile::load(Path::new(word)).map_err(|error| Failure::Usage(error.to_string()));
+    }
+    Profile::named(word).ok_or_else(|| {
+        let names = Profile::names();
+        let hint = nearest(word, &names).unwrap_or_default();
+        let known = names.join(", ");
+        Failure::Usage(format!(
+            "profile {word}: no shipped profile has this name{hint} (known: {known}; a path must \
+             end in .yaml)"
+        ))
+    })
 }
 
 fn relay_mode(word: &str) -> Result<RelayMode, String> {

@@ -34,3 +34,5 @@ pub mod cli;
 pub mod control;
 #[cfg(feature = "control")]
 pub mod log;
+#[cfg(feature = "control")]
+pub mod tune;

@@ -7,7 +7,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use sysctl::Wanted;
+#[cfg(feature = "control")]
+pub(crate) use sysctl::fields;
+
 mod read;
+mod sysctl;
 
 /// Everything that decides speed and size. Made only by parsing.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,8 +31,8 @@ pub struct Profile {
     pub sockets: Sockets,
     /// One line for people.
     pub summary: String,
-    /// Sysctls this profile wants; only `weir tune` reads them.
-    pub sysctls: BTreeMap<String, String>,
+    /// Sysctls this profile wants, by name; only `weir tune` reads them.
+    pub sysctls: BTreeMap<String, Wanted>,
     /// After how long something ends.
     pub timeouts: Timeouts,
 }
@@ -185,7 +190,7 @@ impl Default for Profile {
                 user_timeout: Duration::ZERO,
             },
             summary: "for most nodes".to_owned(),
-            sysctls: BTreeMap::new(),
+            sysctls: BTreeMap::from([("net.core.somaxconn".to_owned(), Wanted::AtLeast(4096))]),
             timeouts: Timeouts {
                 connect: Duration::from_secs(5),
                 drain: Duration::from_secs(30),

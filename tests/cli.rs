@@ -156,3 +156,17 @@ fn flows_are_listed_and_drain_waits_for_them() {
     assert_eq!(running.child.wait().unwrap().code(), Some(0));
     assert!(!running.place.path().join("admin.sock").exists());
 }
+
+#[test]
+fn tune_lists_shows_and_explains() {
+    let list = output(&["tune", "list"]);
+    assert!(String::from_utf8_lossy(&list.stdout).contains("latency      the shortest answer"));
+    let json = output(&["tune", "list", "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 4);
+    let shown = String::from_utf8(output(&["tune", "show", "latency"]).stdout).unwrap();
+    assert!(shown.contains("  spin_us: 50\n") && shown.contains("  backlog: 4096\n"), "{shown}");
+    let unknown = output(&["tune", "show", "latancy"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(stderr(&unknown).contains("did you mean `latency`?"), "{}", stderr(&unknown));
+}

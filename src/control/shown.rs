@@ -14,6 +14,10 @@ use crate::config::{
     OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
 };
 
+pub use profile::profile;
+
+mod profile;
+
 /// Every key and its value in force.
 #[must_use]
 pub fn config(config: &Config) -> Value {

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{
-    Buffers, Keepalive, Limits, Profile, Relay, RelayMode, Ring, SHIPPED, Sockets, Timeouts,
+    Buffers, Keepalive, Limits, Profile, Relay, RelayMode, Ring, SHIPPED, Sockets, Timeouts, Wanted,
 };
-use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest};
+use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
 
 impl Profile {
     /// A shipped profile.
@@ -83,7 +83,7 @@ fn read(section: &mut Section, profile: &mut Profile, mistakes: &mut Mistakes) {
     timeouts(section.section("timeouts", mistakes), &mut profile.timeouts, mistakes);
     limits(section.section("limits", mistakes), &mut profile.limits, mistakes);
     if let Some(node) = section.take("sysctls") {
-        profile.sysctls = sysctls(&node, mistakes);
+        profile.sysctls.extend(sysctls(&node, mistakes));
     }
 }
 
@@ -162,7 +162,7 @@ fn limits(mut section: Section, limits: &mut Limits, mistakes: &mut Mistakes) {
     section.finish(mistakes);
 }
 
-fn sysctls(node: &Node, mistakes: &mut Mistakes) -> BTreeMap<String, String> {
+fn sysctls(node: &Node, mistakes: &mut Mistakes) -> BTreeMap<String, Wanted> {
     let Kind::Map(entries) = &node.kind else {
         mistakes.add(node.place, "sysctls", "must be a map of sysctl names to values");
         return BTreeMap::new();
@@ -172,10 +172,10 @@ fn sysctls(node: &Node, mistakes: &mut Mistakes) -> BTreeMap<String, String> {
         let path = format!("sysctls.{name}");
         let is_name = name.contains('.')
             && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
-        match value.text() {
-            Some(value) if is_name => drop(known.insert(name.clone(), value.to_owned())),
-            Some(_) => mistakes.add(*place, &path, "is no sysctl name (`net.core.somaxconn`)"),
-            None => mistakes.add(value.place, &path, "must be a value"),
+        if !is_name {
+            mistakes.add(*place, &path, "is no sysctl name (`net.core.somaxconn`)");
+        } else if let Some(wanted) = parsed(value, &path, WANTED, mistakes) {
+            known.insert(name.clone(), wanted);
         }
     }
     known
@@ -225,6 +225,8 @@ fn set_micros(place: &mut Duration, micros: Option<u64>) {
 }
 
 const ON_OFF: [(&str, bool); 4] = [("on", true), ("off", false), ("true", true), ("false", false)];
+
+const WANTED: &str = "a value, or \">=NUMBER\" for that much or more";
 
 /// What `keepalive: {}` means.
 const KEEPALIVE: Keepalive =

@@ -13,3 +13,4 @@ mod limits;
 mod outbound;
 mod peers;
 mod ring;
+mod tune;
