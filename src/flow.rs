@@ -68,14 +68,23 @@ enum State {
 struct InFlight(u8);
 
 impl Flow {
-    /// A flow whose downstream was just accepted: dial, and listen to what it has to say.
-    pub fn open(rules: &Rules, ops: &mut Ops) -> Flow {
+    /// A flow whose downstream was just accepted: dial, and listen to what it has to say. `lead`
+    /// goes upstream before anything else and counts as nobody's bytes.
+    pub fn open(
+        lead: Option<Segment>,
+        rules: &Rules,
+        segments: &mut Segments,
+        ops: &mut Ops,
+    ) -> Flow {
         let mut flow = Flow {
             from_downstream: Half::new(Send::Unconnected),
             from_upstream: Half::new(Send::Idle),
             in_flight: InFlight::default(),
             state: State::Connecting,
         };
+        if let Some(lead) = lead {
+            flow.from_downstream.lead(segments, lead);
+        }
         flow.request(Op::Connect, ops);
         flow.pump(Side::Downstream, rules, ops);
         flow
@@ -153,7 +162,7 @@ impl Flow {
         self.in_flight.contains(Request::Connect)
     }
 
-    /// Bytes read from `from` that the other side's socket has taken.
+    /// Bytes read from `from` that the other side's socket has taken; without the lead.
     #[must_use]
     pub const fn moved_bytes(&self, from: Side) -> u64 {
         match from {

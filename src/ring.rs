@@ -21,6 +21,7 @@ use crate::sys::socket;
 
 use buffers::Buffers;
 use cancels::Cancels;
+use headers::Headers;
 use scratch::Scratch;
 use spin::Spin;
 use turn::{Again, CANCEL, DESCRIPTOR};
@@ -33,6 +34,7 @@ pub use turn::{Batch, Event};
 mod buffers;
 mod cancels;
 mod dial;
+mod headers;
 mod probe;
 mod scratch;
 mod setup;
@@ -48,6 +50,7 @@ pub struct Ring {
     io: IoUring,
     small: Buffers,
     bulk: Buffers,
+    headers: Headers,
     dial: Box<DialOptions>,
     name: Box<libc::sockaddr_storage>,
     again: Vec<Again>,
@@ -150,12 +153,9 @@ impl Ring {
         if !self.reserve(1) {
             return;
         }
-        let (small, bulk) = (&self.small, &self.bulk);
+        let (small, bulk, headers) = (&self.small, &self.bulk, &self.headers);
         let vectors = [first, second].into_iter().chain(segments).map(|segment| libc::iovec {
-            iov_base: pool_of(small, bulk, segment.buffer)
-                .address(segment.buffer)
-                .wrapping_add(segment.offset as usize)
-                .cast(),
+            iov_base: address_of(small, bulk, headers, segment).cast(),
             iov_len: segment.len as usize,
         });
         let message = self.scratch.message(vectors);
@@ -252,9 +252,23 @@ impl Ring {
     pub fn recycle(&mut self, buffer: BufferId) {
         if self.small.owns(buffer) {
             self.small.recycle(buffer);
-        } else {
+        } else if self.bulk.owns(buffer) {
             self.bulk.recycle(buffer);
+        } else {
+            self.headers.recycle(buffer);
         }
+    }
+
+    /// A copy of `text` to be sent before a flow's bytes; `None` while too many are on their way.
+    /// It comes home by `recycle`.
+    pub fn lend_header(&mut self, text: &[u8]) -> Option<Segment> {
+        self.headers.lend(text)
+    }
+
+    /// A header can be lent just now.
+    #[must_use]
+    pub fn has_header(&self) -> bool {
+        self.headers.has_free()
     }
 
     /// Buffers of a pool that nobody holds.
@@ -323,14 +337,20 @@ impl Ring {
     }
 
     fn address(&self, segment: Segment) -> *const u8 {
-        pool_of(&self.small, &self.bulk, segment.buffer)
-            .address(segment.buffer)
-            .wrapping_add(segment.offset as usize)
+        address_of(&self.small, &self.bulk, &self.headers, segment)
     }
 }
 
-fn pool_of<'a>(small: &'a Buffers, bulk: &'a Buffers, buffer: BufferId) -> &'a Buffers {
-    if small.owns(buffer) { small } else { bulk }
+fn address_of(small: &Buffers, bulk: &Buffers, headers: &Headers, segment: Segment) -> *mut u8 {
+    let buffer = segment.buffer;
+    let first = if small.owns(buffer) {
+        small.address(buffer)
+    } else if bulk.owns(buffer) {
+        bulk.address(buffer)
+    } else {
+        headers.address(buffer)
+    };
+    first.wrapping_add(segment.offset as usize)
 }
 
 /// Ends a multishot receive after so many bytes: field `optlen` of the request, since 6.17

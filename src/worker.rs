@@ -18,7 +18,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::capture::{OwnPorts, Records, SourcePorts};
-use crate::config::{Balance, SourceAddress};
+use crate::config::{Balance, ProxyProtocol, SourceAddress};
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::profile::Profile;
@@ -34,6 +34,7 @@ use wheel::{Clock, Wheel};
 mod accept;
 mod destination;
 mod mailbox;
+mod proxy_header;
 mod slab;
 #[cfg(test)]
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
@@ -80,6 +81,8 @@ pub struct Listener {
     pub fd: OwnedFd,
     /// In `weir flows`.
     pub name: Arc<str>,
+    /// The header that upstreams get first. Only where the original destination is known.
+    pub proxy_protocol: ProxyProtocol,
     /// Where its connections go.
     pub route: Route,
 }
@@ -280,9 +283,10 @@ impl Worker {
         let flows_max = setup.share.flows_max;
         let dial = DialOptions::new(&profile.sockets, setup.marks);
         let (buffers, ring) = (&profile.buffers, &profile.ring);
+        let headers = headers_max(&setup.share);
         let tuned = setup.listeners.iter().try_for_each(|listener| dial.tune(listener.fd.as_fd()));
         let ring = tuned
-            .and_then(|()| Ring::open(ring::Setup { buffers, dial, flows_max, ring }))
+            .and_then(|()| Ring::open(ring::Setup { buffers, dial, flows_max, headers, ring }))
             .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
         Ok(Worker {
@@ -292,7 +296,9 @@ impl Worker {
             mailbox,
             ring,
             rules: Rules::new(&profile.relay, profile.buffers.small_bytes),
-            segments: Segments::new(profile.buffers.small_count + profile.buffers.bulk_count),
+            segments: Segments::new(
+                profile.buffers.small_count + profile.buffers.bulk_count + headers,
+            ),
             slab: Slab::new(flows_max, listening.hands_out_slots()),
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
@@ -303,3 +309,11 @@ impl Worker {
         })
     }
 }
+
+/// A header is on its way while its flow connects, and hardly longer: new sockets have room for it.
+fn headers_max(share: &Share) -> u16 {
+    u16::try_from(share.connects_pending_max).map_or(HEADERS_MAX, |max| max.min(HEADERS_MAX))
+}
+
+/// Half of all buffer ids are left to headers, and a quarter is enough: 2 MiB, if ever touched.
+const HEADERS_MAX: u16 = 16_384;

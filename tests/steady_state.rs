@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use weir::capture::{OwnPorts, PortCounts, SourcePorts};
-use weir::config::Balance;
+use weir::config::{Balance, ProxyProtocol};
 use weir::profile::Profile;
 use weir::sys::socket::{ListenOptions, listen, local_name};
 use weir::worker::{self, Handle, Listener, Route, Setup, Share};
@@ -31,7 +31,12 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
     let handle = worker::spawn(Setup {
         cpu: None,
         index: 0,
-        listeners: vec![Listener { fd, name: "test".into(), route }],
+        listeners: vec![Listener {
+            fd,
+            name: "test".into(),
+            proxy_protocol: ProxyProtocol::Off,
+            route,
+        }],
         marks: None,
         own_ports: Arc::new(OwnPorts::default()),
         profile: Arc::new(Profile::default()),

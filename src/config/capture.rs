@@ -34,9 +34,6 @@ pub(super) fn inbound(
     if inbound.capture == InboundCapture::Redirect {
         mistakes.add(place, "inbound.capture", "redirect is not in this version: use tproxy");
     }
-    if inbound.proxy_protocol != ProxyProtocol::Off {
-        mistakes.add(place, "inbound.proxy_protocol", "is not in this version: leave it off");
-    }
     claims.push(Claim::new("inbound", place, inbound.listen));
     section.finish(mistakes);
     Some(inbound)

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use super::capturing;
 use super::{RunError, Running, shown};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
-use crate::config::{Config, SourceAddress, Workers};
+use crate::config::{Config, ProxyProtocol, SourceAddress, Workers};
 use crate::metrics::Origin;
 use crate::profile::{Limits, Profile, RelayMode};
 use crate::ring::Marks;
@@ -141,21 +141,27 @@ fn open_listeners(
             let fd = listen_patiently(forward.listen, &options)?;
             let endpoints = forward.endpoints.clone();
             let route = Route::Endpoints { balance: forward.balance, endpoints };
-            worker.push(Listener { fd, name: forward.name.as_str().into(), route });
+            worker.push(Listener {
+                fd,
+                name: forward.name.as_str().into(),
+                proxy_protocol: OFF,
+                route,
+            });
         }
         if let Some(inbound) = &config.inbound {
             let mark = Some(OWN_MARK);
             let options = ListenOptions { mark, transparent: true, ..options };
             let fd = listen_patiently(inbound.listen, &options)?;
+            let proxy_protocol = inbound.proxy_protocol;
             let route = Route::Socket { origin: Origin::InboundTproxy, source: inbound.source };
-            worker.push(Listener { fd, name: "inbound".into(), route });
+            worker.push(Listener { fd, name: "inbound".into(), proxy_protocol, route });
         }
         let Some((outbound, records)) = config.outbound.as_ref().zip(records) else { continue };
         for ip in loopbacks() {
             let options = ListenOptions { mark: Some(OWN_MARK), ..options };
             let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;
             let route = Route::Recorded(Arc::clone(records));
-            worker.push(Listener { fd, name: "outbound".into(), route });
+            worker.push(Listener { fd, name: "outbound".into(), proxy_protocol: OFF, route });
         }
     }
     Ok(all)
@@ -191,6 +197,7 @@ fn listen_patiently(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd
     }
 }
 
+const OFF: ProxyProtocol = ProxyProtocol::Off;
 /// A killed ring gives its ports back within 20 ms, with thousands of connections.
 const PORT_WITHIN: Duration = Duration::from_secs(1);
 const PORT_RETRY: Duration = Duration::from_millis(10);

@@ -18,6 +18,8 @@ pub(super) struct Half {
     pub(super) receive: Receive,
     pub(super) send: Send,
     burst: Burst,
+    /// Bytes at the head of the queue that nobody sent us.
+    lead_bytes: u32,
     /// Segments of the send in flight.
     sending: u16,
 }
@@ -62,6 +64,7 @@ impl Half {
     pub(super) const fn new(send: Send) -> Half {
         Half {
             burst: Burst { bytes: 0, count: 0, pool: Pool::Small },
+            lead_bytes: 0,
             moved_bytes: 0,
             queue: Queue::new(),
             receive: Receive::Idle,
@@ -73,6 +76,12 @@ impl Half {
     /// Everything that came was sent, and nothing more will come.
     pub(super) fn is_flushed(&self) -> bool {
         self.receive == Receive::Ended && self.queue.is_empty() && self.send == Send::Idle
+    }
+
+    /// Puts bytes of our own before everything that will come.
+    pub(super) fn lead(&mut self, segments: &mut Segments, segment: Segment) {
+        self.lead_bytes = segment.len;
+        segments.push(&mut self.queue, segment);
     }
 
     pub(super) fn push(&mut self, segments: &mut Segments, segment: Segment) {
@@ -92,7 +101,9 @@ impl Half {
     /// only when its connection is broken.
     pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) -> bool {
         self.send = Send::Idle;
-        self.moved_bytes += u64::from(bytes);
+        let lead = bytes.min(self.lead_bytes);
+        self.lead_bytes -= lead;
+        self.moved_bytes += u64::from(bytes - lead);
         let before = self.queue.count();
         segments.advance(&mut self.queue, bytes);
         before - self.queue.count() == self.sending

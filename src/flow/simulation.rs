@@ -2,7 +2,8 @@
 //! Random lives of flows against a fake ring, each from a seed.
 //!
 //! The fake ring answers requests in any order, cuts sends short where a connection breaks, fails at
-//! any step, runs out of buffers, lets cancels race, fires timers. What must hold, whatever happens:
+//! any step, runs out of buffers, lets cancels race, fires timers. Every other flow has a lead, which
+//! goes first: bytes of its downstream that nobody received. What must hold, whatever happens:
 //!
 //! 1. Bytes out are a prefix of bytes in, in order; all of them if both ends finished.
 //! 2. At most one request of a kind is in flight; a socket is closed only when none is.
@@ -120,6 +121,17 @@ impl World {
             }
         }
         self.home.extend(std::iter::from_fn(|| self.segments.take_freed()));
+    }
+
+    /// The first bytes of the downstream, in a buffer of ours.
+    fn lead(&mut self) -> Option<Segment> {
+        let buffer = if self.random.one_in(2) { self.home.pop()? } else { return None };
+        let len = 1 + self.random.below(BUFFER_BYTES) as u32;
+        let peer = &mut self.peers[Side::Downstream as usize];
+        self.contents[usize::from(buffer.0)] = 0;
+        peer.will_send += u64::from(len);
+        peer.taken = u64::from(len);
+        Some(Segment { buffer, offset: 0, len })
     }
 
     fn close(&mut self, side: Side, reset: bool) {
@@ -244,7 +256,9 @@ fn live(seed: u64) -> CloseReason {
     let mut world = World::new(seed);
     let buffers = world.home.len();
     let mut ops = Ops::new();
-    let mut flow = Flow::open(&world.rules, &mut ops);
+    let lead = world.lead();
+    let lead_bytes = lead.map_or(0, |lead| lead.len);
+    let mut flow = Flow::open(lead, &world.rules, &mut world.segments, &mut ops);
     world.carry(&flow, &mut ops);
     let mut steps = 0;
     while flow.closed().is_none() {
@@ -256,7 +270,8 @@ fn live(seed: u64) -> CloseReason {
         world.carry(&flow, &mut ops);
         for side in Side::BOTH {
             let held = flow.queue(side);
-            let limit = if world.can_limit { world.rules.window_bytes } else { u32::MAX };
+            let window = world.rules.window_bytes.max(lead_bytes);
+            let limit = if world.can_limit { window } else { u32::MAX };
             assert!(held.bytes() <= limit, "{} bytes in a window of {limit}", held.bytes());
         }
     }
@@ -267,6 +282,10 @@ fn live(seed: u64) -> CloseReason {
         let (peer, other) = (&world.peers[side as usize], &world.peers[side.other() as usize]);
         assert_eq!(peer.closed, Some(!finished), "a reset stays a reset");
         assert!(other.given <= peer.taken);
+        let lead = if side == Side::Downstream { u64::from(lead_bytes) } else { 0 };
+        let moved = other.given.saturating_sub(lead);
+        assert!(flow.moved_bytes(side) <= moved, "a lead counts as nobody's bytes");
+        assert!(!finished || flow.moved_bytes(side) == moved);
         assert!(!other.got_fin || other.given == peer.will_send, "FIN before the last byte");
         assert!(!finished || other.given == peer.will_send, "bytes were lost");
     }

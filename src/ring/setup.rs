@@ -9,6 +9,7 @@ use io_uring::IoUring;
 
 use super::buffers::Buffers;
 use super::cancels::Cancels;
+use super::headers::Headers;
 use super::scratch::Scratch;
 use super::spin::Spin;
 use super::turn::COMPLETIONS_PER_TURN_MAX;
@@ -26,6 +27,8 @@ pub struct Setup<'a> {
     pub dial: DialOptions,
     /// Flows at a time; the descriptor table has two places for each.
     pub flows_max: u32,
+    /// Headers that may be on their way at once.
+    pub headers: u16,
     /// Sizes of the queues, and how long to spin.
     pub ring: &'a profile::Ring,
 }
@@ -128,10 +131,15 @@ impl Ring {
         let _ = io.submitter().register_iowq_max_workers(&mut [1, 1]);
         register_table(&io, setup.flows_max)?;
         let (small, bulk) = register_buffers(&io, setup.buffers)?;
+        // The largest pools leave half of all buffer ids (`profile/read.rs`).
+        let first = setup.buffers.small_count + setup.buffers.bulk_count;
+        let headers = Headers::new(first, setup.headers.min(u16::MAX - first))
+            .map_err(|_| RingError::Memory { what: "the headers" })?;
         let mut ring = Ring {
             io,
             small,
             bulk,
+            headers,
             dial: Box::new(setup.dial),
             name: Box::new(socket::no_address()),
             again: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),

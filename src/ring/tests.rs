@@ -28,7 +28,8 @@ impl Bench {
 
     fn with(sockets: profile::Sockets, ring: profile::Ring) -> Bench {
         let dial = DialOptions::new(&sockets, None);
-        let setup = Setup { buffers: &BUFFERS, dial, flows_max: FLOWS_MAX, ring: &ring };
+        let setup =
+            Setup { buffers: &BUFFERS, dial, flows_max: FLOWS_MAX, headers: 4, ring: &ring };
         Bench { batch: Batch::new(), ring: Ring::open(setup).unwrap() }
     }
 

@@ -5,19 +5,21 @@
 //! port is never dialled; nobody accepts while descriptors, flows or pending connects are short.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::destination::Destination;
+use super::proxy_header::Header;
 use super::slab::Peers;
 use super::turn::Worker;
 use super::wheel::Clock;
 use super::{Listener, Route, Setup};
-use crate::addr::Downstream;
+use crate::addr::{Downstream, OriginalDst};
 use crate::capture::SourcePorts;
+use crate::config::ProxyProtocol;
 use crate::metrics::{Denied, Origin};
-use crate::op::{FlowId, Kind, Token};
+use crate::op::{FlowId, Kind, Segment, Token};
 use crate::ring::{AcceptInto, Event};
 use crate::sys::socket;
 
@@ -44,6 +46,7 @@ pub(super) struct State {
     origin: Origin,
     /// Where it listens: who is accepted for this port was not captured.
     pub(super) port: u16,
+    proxy_protocol: ProxyProtocol,
     /// Connections that a drain still takes from the queue, so that it ends even in a storm.
     rest: u32,
     pub(super) route: Route,
@@ -196,11 +199,11 @@ impl Worker {
             source: None,
             upstream,
         };
-        self.open(slot, peers);
+        self.open(slot, peers, None);
     }
 
     fn serve_parked(&mut self) {
-        while self.slab.has_free() {
+        while self.has_room() {
             let Some((listener, fd)) = self.listening.parked.pop_front() else { return };
             self.serve(listener, fd);
         }
@@ -208,7 +211,7 @@ impl Worker {
 
     /// A connection that we hold by descriptor, because its addresses matter.
     fn serve(&mut self, listener: u16, fd: OwnedFd) {
-        if !self.slab.has_free() {
+        if !self.has_room() {
             return self.listening.parked.push_back((listener, fd));
         }
         let Ok(downstream) = socket::peer_name(fd.as_fd()).map(Downstream::new) else {
@@ -228,8 +231,28 @@ impl Worker {
         self.began(listener);
         self.ring.adopt(slot, fd);
         let Destination { endpoint, original_dst, source, upstream } = destination;
+        let lead = original_dst.and_then(|dst| self.header(listener, downstream, dst));
         let downstream = Some(downstream.addr());
-        self.open(slot, Peers { downstream, endpoint, listener, original_dst, source, upstream });
+        let peers = Peers { downstream, endpoint, listener, original_dst, source, upstream };
+        self.open(slot, peers, lead);
+    }
+
+    /// A connection can become a flow: it may need a header too.
+    fn has_room(&self) -> bool {
+        self.slab.has_free() && self.ring.has_header()
+    }
+
+    /// What the upstream is told first, if its listener says so.
+    fn header(
+        &mut self,
+        listener: u16,
+        from: Downstream,
+        original_dst: SocketAddr,
+    ) -> Option<Segment> {
+        let state = self.listening.states.get(usize::from(listener))?;
+        let to = OriginalDst::new(original_dst);
+        let header = Header::new(state.proxy_protocol, from, to)?;
+        self.ring.lend_header(header.bytes())
     }
 
     fn began(&mut self, listener: u16) {
@@ -326,7 +349,7 @@ impl Listening {
 
 impl State {
     fn new(listener: Listener, backlog: u32) -> State {
-        let Listener { fd, route, .. } = listener;
+        let Listener { fd, proxy_protocol, route, .. } = listener;
         let (origin, endpoints) = match &route {
             Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
             Route::Recorded(_) => (Origin::OutboundConnect, 0),
@@ -340,6 +363,7 @@ impl State {
             next_endpoint: 0,
             origin,
             port,
+            proxy_protocol,
             rest: backlog,
             route,
         }

@@ -165,12 +165,12 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::{Flow, Ops, Rules};
+    use crate::flow::{Flow, Ops, Rules, Segments};
 
     fn flow() -> Flow {
         let rules =
             Rules { bulk_after_bytes: 1, bulk_segment_bytes: 1, segments_max: 4, window_bytes: 64 };
-        Flow::open(&rules, &mut Ops::new())
+        Flow::open(None, &rules, &mut Segments::new(0), &mut Ops::new())
     }
 
     fn peers() -> Peers {

@@ -31,7 +31,12 @@ impl Forwarder {
         let handle = spawn(Setup {
             cpu: None,
             index: 0,
-            listeners: vec![Listener { fd, name: "test".into(), route }],
+            listeners: vec![Listener {
+                fd,
+                name: "test".into(),
+                proxy_protocol: ProxyProtocol::Off,
+                route,
+            }],
             marks: None,
             own_ports: Arc::default(),
             profile: Arc::new(profile),

@@ -106,13 +106,14 @@ impl Worker {
     }
 
     /// Begins a flow in `slot`, whose downstream socket the ring holds already.
-    pub(super) fn open(&mut self, slot: FlowId, peers: Peers) {
+    pub(super) fn open(&mut self, slot: FlowId, peers: Peers, lead: Option<Segment>) {
         let mut ops = Ops::new();
-        let flow = Flow::open(&self.rules, &mut ops);
+        let flow = Flow::open(lead, &self.rules, &mut self.segments, &mut ops);
         let now = self.clock.now();
         if self.slab.claim(slot, flow, peers, now).is_none() {
             // Only a kernel that hands out a taken slot gets here: give the socket back.
             self.counters.completions_stale.add(1);
+            lead.into_iter().for_each(|lead| self.segments.free(lead.buffer));
             return self.ring.close(slot, Side::Downstream, true);
         }
         self.counters.flows_active.add(1);
@@ -131,20 +132,25 @@ impl Worker {
         let Some(entry) = self.slab.entry(slot) else { return };
         let Some(flow) = entry.flow.as_mut() else { return };
         let was_connecting = flow.is_connecting();
+        let sent = match completion {
+            Completion::Sent { from, .. } => Some((from, flow.moved_bytes(from))),
+            _ => None,
+        };
         let mut ops = Ops::new();
         flow.step(completion, &self.rules, &mut self.segments, &mut ops);
         entry.times.active = self.clock.now();
         if was_connecting && !flow.is_connecting() {
             self.listening.connect_ended();
         }
-        if let Completion::Sent { from, result: Ok(bytes) } = completion {
+        if let Some((from, before)) = sent {
+            let bytes = flow.moved_bytes(from) - before;
             let origin = self.listening.origin(entry.peers.listener) as usize;
             let counter = match from {
                 Side::Downstream => self.counters.bytes_to_upstream.get(origin),
                 Side::Upstream => self.counters.bytes_to_downstream.get(origin),
             };
             if let Some(counter) = counter {
-                counter.add(u64::from(bytes));
+                counter.add(bytes);
             }
         }
         self.carry(slot, &mut ops);

@@ -4,10 +4,12 @@
 use std::time::{Duration, Instant};
 
 pub(crate) use self::net::{Cgroup, Net, Place, run, said};
+pub(crate) use self::program::Program;
 pub(crate) use self::weir::{Weir, config_file, weir};
 pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, receive, send};
 
 mod net;
+mod program;
 mod weir;
 mod words;
 

@@ -12,5 +12,6 @@ mod life;
 mod limits;
 mod outbound;
 mod peers;
+mod proxy_protocol;
 mod ring;
 mod tune;

@@ -3,59 +3,17 @@
 
 use std::fs;
 use std::net::Shutdown;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::thread::scope;
 
 use tempfile::TempDir;
 
-use crate::harness::{Net, Place, Weir, check, echo, expect_eof, said, send, until};
+use crate::harness::{Net, Place, Program, Weir, check, echo, expect_eof, said, send};
 
 const LISTEN: &str = "10.98.1.1:7000";
-
-/// A program that runs beside the test and is ended with it.
-struct Program(Child);
-
-impl Program {
-    fn start(net: &Net, place: Place, words: &[&str], listens: &str) -> Program {
-        let mut command: Command = net.command(place, words[0]);
-        let child = command.args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null());
-        let program = Program(child.spawn().expect(words[0]));
-        let listening = || net.run(place, &["ss", "-Hltn"]).contains(listens);
-        until(&format!("{} listens on {listens}", words[0]), listening);
-        program
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Weir in front of `to`, which runs in the server.
 fn forward(net: &Net, to: &str) -> Weir {
     Weir::forward(net, &["--listen", LISTEN, "--to", to])
-}
-
-fn nginx(net: &Net, place: &Path) -> Program {
-    let home = place.display();
-    let text = format!(
-        "daemon off; master_process off; pid {home}/pid; error_log stderr; events {{ }} http {{ access_log off; \
-         client_body_temp_path {home}; proxy_temp_path {home}; fastcgi_temp_path {home}; \
-         uwsgi_temp_path {home}; scgi_temp_path {home}; server {{ listen 80; root {home}; }} }}"
-    );
-    let file = place.join("nginx.conf");
-    fs::write(&file, text).unwrap();
-    let file = file.to_str().unwrap();
-    Program::start(
-        net,
-        Place::Server,
-        &["nginx", "-p", place.to_str().unwrap(), "-c", file],
-        ":80 ",
-    )
 }
 
 /// nginx and curl: a large file, byte for byte, and many requests on one connection.
@@ -66,7 +24,8 @@ fn nginx_serves_curl() {
     let mut content = Vec::new();
     send(&mut content, 9, 50_000_000).unwrap();
     fs::write(place.path().join("large"), content).unwrap();
-    let server = nginx(&net, place.path());
+    let lines = format!("server {{ listen 80; root {}; }}", place.path().display());
+    let server = Program::nginx(&net, Place::Server, place.path(), &lines);
     let weir = forward(&net, "10.98.2.2:80");
     let copy = place.path().join("copy");
     let url = format!("http://{LISTEN}/large");
@@ -106,12 +65,9 @@ fn haproxy_is_a_good_upstream() {
     let net = Net::new();
     echo(net.listen(Place::Server, "10.98.2.2:7002"));
     let place = TempDir::new().unwrap();
-    let file = place.path().join("haproxy.cfg");
-    let text = "defaults\n mode tcp\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n\
-                frontend f\n bind 10.98.2.2:7001\n default_backend b\nbackend b\n server s 10.98.2.2:7002\n";
-    fs::write(&file, text).unwrap();
-    let words = ["haproxy", "-db", "-f", file.to_str().unwrap()];
-    let server = Program::start(&net, Place::Server, &words, ":7001 ");
+    let sections = "frontend f\n mode tcp\n bind 10.98.2.2:7001\n default_backend b\n\
+                    backend b\n mode tcp\n server s 10.98.2.2:7002\n";
+    let server = Program::haproxy(&net, Place::Server, place.path(), (sections, ":7001 "));
     let weir = forward(&net, "10.98.2.2:7001");
     scope(|scope| {
         for seed in 0..20 {

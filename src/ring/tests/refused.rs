@@ -5,7 +5,7 @@ use super::*;
 
 fn open_error(flows_max: u32) -> String {
     let dial = DialOptions::new(&sockets(), None);
-    let setup = Setup { buffers: &BUFFERS, dial, flows_max, ring: &RING };
+    let setup = Setup { buffers: &BUFFERS, dial, flows_max, headers: 1, ring: &RING };
     Ring::open(setup).unwrap_err().to_string()
 }
 
