@@ -7,56 +7,38 @@
 //! Changes nothing outside the network namespace it is called in, and no sysctl.
 
 use std::io;
-use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::bpf::{ConnectHook, HookError};
+use crate::sys::cgroup::CgroupError;
 
 pub use crate::bpf::{HookPlan, Losses, Records};
 pub use own_ports::OwnPorts;
+pub use plan::{Inbound, Netfilter, Outbound, Plan, Way, Workload};
+pub use route::Step;
 pub use source_ports::{PortCounts, SourcePorts};
 
+mod connect;
 mod nft;
 mod own_ports;
+mod plan;
+mod redirect;
 mod route;
 mod source_ports;
-
-/// What to take.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Plan {
-    /// Traffic to the workload.
-    pub inbound: Option<Inbound>,
-    /// Connects of the workload, by the hook.
-    pub outbound: Option<HookPlan>,
-    /// Ports of ours: never taken.
-    pub own_ports: Vec<u16>,
-}
-
-/// Traffic to the workload, taken by nft TPROXY.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Inbound {
-    /// Left alone; wins over `include`.
-    pub exclude: Vec<RangeInclusive<u16>>,
-    /// Taken.
-    pub include: Vec<RangeInclusive<u16>>,
-    /// The workload sees the client's address, so its replies must be led back to us.
-    pub keep_source: bool,
-    /// Where a transparent listener waits.
-    pub listen: SocketAddr,
-}
+mod tproxy;
 
 /// Traffic can be taken, and everything that can be refused was granted; none is taken yet.
 #[derive(Debug)]
 pub struct Prepared {
-    hook: Option<ConnectHook>,
+    draft: nft::Draft,
+    hooks: Vec<ConnectHook>,
     plan: Plan,
 }
 
 /// Traffic is being taken. Dropping it lets traffic go its own way again.
 #[derive(Debug)]
 pub struct Capture {
-    hook: Option<ConnectHook>,
+    hooks: Vec<ConnectHook>,
     plan: Plan,
     routes: Option<route::Routes>,
     table: Option<nft::Table>,
@@ -65,6 +47,9 @@ pub struct Capture {
 /// Why traffic cannot be taken here. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
+    /// The workload's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The connect hook.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -115,33 +100,47 @@ impl Plan {
     ///
     /// The first reason why it cannot work here, with its cure.
     pub fn prepare(self) -> Result<Prepared, CaptureError> {
-        if self.keeps_source() {
-            if !accepts_marks() {
-                return Err(CaptureError::NoMarkAccept);
-            }
+        if self.keeps_source() && !accepts_marks() {
+            return Err(CaptureError::NoMarkAccept);
+        }
+        if !self.marks().is_empty() {
             route::preflight()?;
         }
-        nft::check(&self.nft_text())?;
-        let hook = self.outbound.as_ref().map(ConnectHook::load).transpose()?;
-        Ok(Prepared { hook, plan: self })
-    }
-
-    fn keeps_source(&self) -> bool {
-        self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source)
+        let draft = nft::draft(&self, accepts_marks())?;
+        nft::check(&draft)?;
+        let hooks = self.hooks().map(ConnectHook::load).collect::<Result<_, _>>()?;
+        Ok(Prepared { draft, hooks, plan: self })
     }
 
     /// The nft table as it would be installed.
+    ///
+    /// # Errors
+    ///
+    /// A workload's cgroup is not there.
+    pub fn nft_text(&self) -> Result<String, CaptureError> {
+        Ok(nft::draft(self, accepts_marks())?.table())
+    }
+
+    /// What `ip` would be told.
     #[must_use]
-    pub fn nft_text(&self) -> String {
-        nft::text(self, accepts_marks())
+    pub fn ip_steps(&self) -> Vec<Step> {
+        if self.marks().is_empty() { Vec::new() } else { route::steps(&self.marks()) }
+    }
+
+    /// The marks by which packets are led to us.
+    fn marks(&self) -> Vec<u32> {
+        let outbound = self.netfilter().any(|one| one.way == Way::Tproxy);
+        let marks = [(self.keeps_source(), STEER_MARK), (outbound, OUTBOUND_MARK)];
+        marks.into_iter().filter(|(wanted, _)| *wanted).map(|(_, mark)| mark).collect()
     }
 }
 
 impl Prepared {
-    /// Where connects meant to go, for the workers that accept them.
+    /// Where connects meant to go, for the workers that accept them; one for each hook of the plan,
+    /// in its order.
     #[must_use]
-    pub fn records(&self) -> Option<Arc<Records>> {
-        self.hook.as_ref().map(ConnectHook::records)
+    pub fn records(&self) -> Vec<Arc<Records>> {
+        self.hooks.iter().map(ConnectHook::records).collect()
     }
 
     /// Takes the traffic. Call it when everything that shall receive it listens.
@@ -150,20 +149,20 @@ impl Prepared {
     ///
     /// A step was refused; what was done before it is undone.
     pub fn install(self) -> Result<Capture, CaptureError> {
-        let routes = self.plan.keeps_source().then(route::Routes::install).transpose()?;
-        let table = Some(nft::Table::install(&self.plan.nft_text())?);
-        let mut hook = self.hook;
-        hook.as_mut().map_or(Ok(()), ConnectHook::attach)?;
-        Ok(Capture { hook, plan: self.plan, routes, table })
+        let Prepared { draft, hooks, plan } = self;
+        let marks = plan.marks();
+        let routes = (!marks.is_empty()).then(|| route::Routes::install(marks)).transpose()?;
+        let table = Some(nft::Table::install(&draft)?);
+        let mut capture = Capture { hooks, plan, routes, table };
+        capture.hooks.iter_mut().try_for_each(ConnectHook::attach)?;
+        Ok(capture)
     }
 }
 
 impl Capture {
     /// Takes no more connections; those taken stay free of conntrack until the end.
     pub fn stop(&mut self) {
-        if let Some(hook) = &mut self.hook {
-            hook.stop();
-        }
+        self.hooks.iter_mut().for_each(ConnectHook::stop);
         if let Some(table) = &mut self.table {
             table.stop_taking();
         }
@@ -177,26 +176,39 @@ impl Capture {
     pub fn mend(&mut self) -> Option<(&'static str, Result<(), CaptureError>)> {
         if !self.table.as_mut().is_some_and(nft::Table::stands) {
             self.table = None;
-            let table = nft::Table::install(&self.plan.nft_text());
+            let draft = nft::draft(&self.plan, accepts_marks());
+            let table = draft.and_then(|draft| nft::Table::install(&draft));
             return Some(("nft table", table.map(|table| self.table = Some(table))));
         }
-        if self.plan.keeps_source() && !self.routes.as_ref().is_some_and(route::Routes::stand) {
+        let marks = self.plan.marks();
+        if !marks.is_empty() && !self.routes.as_ref().is_some_and(route::Routes::stand) {
             // What is half there is put right, not removed first: flows need it.
             if let Some(routes) = self.routes.take() {
                 std::mem::forget(routes);
             }
-            let routes = route::Routes::install();
+            let routes = route::Routes::install(marks);
             return Some(("fwmark rule", routes.map(|routes| self.routes = Some(routes))));
         }
-        let hook = self.hook.as_mut().filter(|hook| !hook.stands())?;
+        let hook = self.hooks.iter_mut().find(|hook| !hook.stands())?;
         Some(("workload's cgroup", hook.attach().map_err(CaptureError::from)))
     }
+}
+
+/// Removes what a killed weir has left in this network namespace, and says what that was: rules and
+/// routes that no packet meets. Call it only while no weir captures here; asked again, it finds
+/// nothing.
+///
+/// # Errors
+///
+/// `ip` is missing.
+pub fn clear_leftovers() -> Result<Vec<String>, CaptureError> {
+    route::clear()
 }
 
 impl Drop for Capture {
     fn drop(&mut self) {
         // What leads traffic to us goes first.
-        self.hook = None;
+        self.hooks.clear();
         // The rules that steer packets go before the routes that they steer to.
         self.table = None;
         self.routes = None;
@@ -215,6 +227,8 @@ pub const OWN_MARK: u32 = 0x539;
 /// socket inherits it, and what it sends is led back to us. Not `OWN_MARK`: a listener whose mark
 /// leads to loopback could not shake hands with anybody outside.
 pub const STEER_MARK: u32 = 0x53a;
+/// Marks an application's packets that are led to us over loopback, under `MARK_MASK`.
+pub const OUTBOUND_MARK: u32 = 0x53b;
 /// The bits that are ours; others may use the rest.
 pub const MARK_MASK: u32 = 0xfff;
 /// The route table in which everything is local.

@@ -1,23 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The way back: packets with `STEER_MARK` are local, whatever their address.
+//! The way to us: packets with certain marks are local, whatever their address.
 //!
-//! One rule and one route for each family, through iproute2. After kill -9 they stay, and no packet
-//! meets them: only sockets of ours make that mark. The next start takes them over.
+//! One rule for each mark and one route, in each family, through iproute2. After kill -9 they stay,
+//! and no packet meets them: only our sockets and our nft table make those marks. The next start takes
+//! them over, and `clear` removes them.
 
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{CaptureError, MARK_MASK, ROUTE_TABLE, STEER_MARK};
+use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, STEER_MARK};
 
-/// Rule and route of both families. Dropping it removes them.
+/// Rules and routes. Dropping it removes them.
 #[derive(Debug)]
-pub(super) struct Routes;
+pub(super) struct Routes {
+    marks: Vec<u32>,
+}
+
+/// A change by `ip`, and what undoes it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Step {
+    /// Arguments of `ip`.
+    pub apply: String,
+    /// Arguments of `ip`.
+    pub undo: String,
+}
 
 /// Nobody else's routes are in our table.
 pub(super) fn preflight() -> Result<(), CaptureError> {
     for family in families() {
-        let listed = ip(family, &["route", "show", "table", &ROUTE_TABLE.to_string()])?;
+        let listed = show(&format!("{family} route show table {ROUTE_TABLE}"))?;
         // A table that was never used is an error to `ip`, and as good as an empty one.
         let foreign = listed.lines().find(|line| !line.starts_with("local default dev lo"));
         if let Some(route) = foreign {
@@ -27,46 +39,70 @@ pub(super) fn preflight() -> Result<(), CaptureError> {
     Ok(())
 }
 
+/// What leads packets with `marks` to us.
+pub(super) fn steps(marks: &[u32]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for family in families() {
+        let route = format!("local default dev lo table {ROUTE_TABLE}");
+        steps.push(Step {
+            apply: format!("{family} route replace {route}"),
+            undo: format!("{family} route del {route}"),
+        });
+        for mark in marks {
+            let rule = format!("fwmark {mark:#x}/{MARK_MASK:#x} lookup {ROUTE_TABLE}");
+            steps.push(Step {
+                apply: format!("{family} rule add {rule}"),
+                undo: format!("{family} rule del {rule}"),
+            });
+        }
+    }
+    steps
+}
+
+/// Removes what a killed weir has left, and says what that was. Asked again, it finds nothing.
+pub(super) fn clear() -> Result<Vec<String>, CaptureError> {
+    let mut removed = Vec::new();
+    for Step { undo, .. } in steps(&MARKS).into_iter().rev() {
+        // Until there is none: weirs that were killed in turn may have added a rule each.
+        while stands(&undo)? && change(&undo).is_ok() {
+            removed.push(format!("ip {undo}"));
+        }
+    }
+    Ok(removed)
+}
+
 impl Routes {
     /// Adds what is not there yet; undoes it all if a step fails.
-    pub(super) fn install() -> Result<Routes, CaptureError> {
-        let routes = Routes;
-        for family in families() {
-            let (mark, table) = (mark(), ROUTE_TABLE.to_string());
-            change(
-                family,
-                &["route", "replace", "local", "default", "dev", "lo", "table", &table],
-            )?;
-            let rules = ip(family, &["rule", "show", "fwmark", &mark, "table", &table])?;
-            if rules.trim().is_empty() {
-                change(family, &["rule", "add", "fwmark", &mark, "lookup", &table])?;
+    pub(super) fn install(marks: Vec<u32>) -> Result<Routes, CaptureError> {
+        let routes = Routes { marks };
+        for Step { apply, undo } in steps(&routes.marks) {
+            if !stands(&undo)? {
+                change(&apply)?;
             }
         }
         Ok(routes)
     }
-}
 
-impl Routes {
     /// Nobody has removed them.
     pub(super) fn stand(&self) -> bool {
-        let (mark, table) = (mark(), ROUTE_TABLE.to_string());
-        families().all(|family| {
-            let rule = ip(family, &["rule", "show", "fwmark", &mark, "table", &table]);
-            let route = ip(family, &["route", "show", "table", &table]);
-            [rule, route].into_iter().all(|shown| shown.is_ok_and(|text| !text.trim().is_empty()))
-        })
+        steps(&self.marks).iter().all(|step| stands(&step.undo).is_ok_and(|stands| stands))
     }
 }
 
 impl Drop for Routes {
     fn drop(&mut self) {
-        for family in families() {
-            let (mark, table) = (mark(), ROUTE_TABLE.to_string());
+        for Step { undo, .. } in steps(&self.marks).into_iter().rev() {
             // What is gone already needs no removing.
-            let _ = ip(family, &["rule", "del", "fwmark", &mark, "lookup", &table]);
-            let _ = ip(family, &["route", "del", "local", "default", "dev", "lo", "table", &table]);
+            let _ = show(&undo);
         }
     }
+}
+
+/// Whether there is what `undo` would remove.
+fn stands(undo: &str) -> Result<bool, CaptureError> {
+    let asked = undo.replace(" del ", " show ").replace("lookup", "table");
+    let asked = asked.replace("local default", "default type local");
+    Ok(!show(&asked)?.trim().is_empty())
 }
 
 fn families() -> impl Iterator<Item = &'static str> {
@@ -74,34 +110,47 @@ fn families() -> impl Iterator<Item = &'static str> {
     ["-4", "-6"].into_iter().take(1 + usize::from(v6))
 }
 
-fn mark() -> String {
-    format!("{STEER_MARK:#x}/{MARK_MASK:#x}")
-}
-
 /// What `ip` answers; nothing if it was refused.
-fn ip(family: &str, arguments: &[&str]) -> Result<String, CaptureError> {
-    let output = command(family, arguments).stderr(Stdio::null()).output().map_err(missing)?;
+fn show(arguments: &str) -> Result<String, CaptureError> {
+    let output = command(arguments).stderr(Stdio::null()).output().map_err(missing)?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn change(family: &str, arguments: &[&str]) -> Result<(), CaptureError> {
-    let output = command(family, arguments).output().map_err(missing)?;
+fn change(arguments: &str) -> Result<(), CaptureError> {
+    let output = command(arguments).output().map_err(missing)?;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    let step = format!("ip {family} {}", arguments.join(" "));
+    let step = format!("ip {arguments}");
     let is_down = said.contains("is not up") || said.contains("is down");
     let cure = if is_down { " (`ip link set lo up`)" } else { " (needs CAP_NET_ADMIN)" };
     Err(CaptureError::Refused { cure, said, step })
 }
 
-fn command(family: &str, arguments: &[&str]) -> Command {
+fn command(arguments: &str) -> Command {
     let mut command = Command::new("ip");
-    command.arg(family).args(arguments).stdin(Stdio::null());
+    command.args(arguments.split(' ')).stdin(Stdio::null());
     command
 }
 
 fn missing(source: io::Error) -> CaptureError {
     CaptureError::Missing { package: "iproute2", program: "ip", source }
+}
+
+/// Every mark that any weir leads to itself.
+const MARKS: [u32; 2] = [STEER_MARK, OUTBOUND_MARK];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_names_its_undo() {
+        let steps = steps(&[STEER_MARK]);
+        assert_eq!(steps[0].apply, "-4 route replace local default dev lo table 133");
+        assert_eq!(steps[0].undo, "-4 route del local default dev lo table 133");
+        assert_eq!(steps[1].apply, "-4 rule add fwmark 0x53a/0xfff lookup 133");
+        assert_eq!(steps[1].undo, "-4 rule del fwmark 0x53a/0xfff lookup 133");
+    }
 }

@@ -6,8 +6,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Running;
-use crate::capture::{self, Capture, CaptureError, HookPlan, MARK_MASK, OWN_MARK, Plan, Prepared};
-use crate::config::{Config, Outbound, SourceAddress, Workload};
+use crate::capture::{
+    self, Capture, CaptureError, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Plan, Prepared, Way,
+};
+use crate::config::{Config, InboundCapture, Outbound, OutboundCapture, SourceAddress, Workload};
 
 /// Capture in place.
 pub(super) struct Capturing {
@@ -25,9 +27,17 @@ pub(super) fn plan(config: &Config) -> Option<Plan> {
         include: inbound.ports.include.clone(),
         keep_source: inbound.source == SourceAddress::Keep,
         listen: inbound.listen,
+        way: match inbound.capture {
+            InboundCapture::Redirect => Way::Redirect,
+            InboundCapture::Tproxy => Way::Tproxy,
+        },
     });
-    let outbound = config.outbound.as_ref().and_then(|outbound| hook(outbound, config));
-    Some(Plan { inbound, outbound, own_ports: own_ports(config) })
+    let outbound = config.outbound.iter().filter_map(|outbound| match outbound.capture {
+        OutboundCapture::Connect => hook(outbound, config).map(capture::Outbound::Connect),
+        OutboundCapture::Redirect => Some(netfilter(outbound, Way::Redirect, config)),
+        OutboundCapture::Tproxy => Some(netfilter(outbound, Way::Tproxy, config)),
+    });
+    Some(Plan { inbound, outbound: outbound.collect(), own_ports: own_ports(config) })
 }
 
 /// Every port that weir listens on with this config.
@@ -52,6 +62,24 @@ fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
         own_mark_mask: MARK_MASK,
         port: outbound.listen.port(),
         records_max: config.profile.limits.flows_max.max(RECORDS_MIN),
+    })
+}
+
+fn netfilter(outbound: &Outbound, way: Way, config: &Config) -> capture::Outbound {
+    let profile = &config.profile;
+    capture::Outbound::Netfilter(Netfilter {
+        exclude: outbound.exclude.cidrs.clone(),
+        exclude_ports: outbound.exclude.ports.clone(),
+        flows_max: profile.limits.flows_max,
+        half_closed: profile.timeouts.half_closed,
+        include: outbound.include.cidrs.clone(),
+        include_ports: outbound.include.ports.clone(),
+        port: outbound.listen.port(),
+        way,
+        workload: outbound.workload.as_ref().map(|workload| match workload {
+            Workload::Cgroup(path) => capture::Workload::Cgroup(path.clone()),
+            Workload::Uid(uid) => capture::Workload::Uid(*uid),
+        }),
     })
 }
 

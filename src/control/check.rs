@@ -9,7 +9,7 @@ use std::process::Command;
 use nix::sched::{CloneFlags, unshare};
 
 use super::capturing;
-use crate::capture::{HookPlan, Inbound, MARK_MASK, OWN_MARK, Plan};
+use crate::capture::{HookPlan, Inbound, MARK_MASK, OWN_MARK, Outbound, Plan, Way};
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::ring::{self, DialOptions, Features, Ring};
@@ -120,8 +120,9 @@ fn try_inbound() -> Result<(), String> {
     up.map_err(|error| format!("ip: {error} (`apt-get install iproute2`)"))?;
     fs::write(FWMARK_ACCEPT, "1").map_err(|error| format!("{FWMARK_ACCEPT}: {error}"))?;
     let listen = ([0; 16], 15_006).into();
-    let inbound = Inbound { exclude: vec![], include: vec![ALL], keep_source: true, listen };
-    let plan = Plan { inbound: Some(inbound), outbound: None, own_ports: vec![15_006] };
+    let way = Way::Tproxy;
+    let inbound = Inbound { exclude: vec![], include: vec![ALL], keep_source: true, listen, way };
+    let plan = Plan { inbound: Some(inbound), outbound: vec![], own_ports: vec![15_006] };
     let prepared = plan.prepare().map_err(|error| error.to_string())?;
     prepared.install().map(drop).map_err(|error| error.to_string())
 }
@@ -139,7 +140,7 @@ fn try_outbound() -> Result<(), String> {
         port: 15_001,
         records_max: FLOWS,
     };
-    let plan = Plan { inbound: None, outbound: Some(hook), own_ports: vec![] };
+    let plan = Plan { outbound: vec![Outbound::Connect(hook)], ..Plan::default() };
     let prepared = plan.prepare().map_err(|error| error.to_string())?;
     prepared.install().map(drop).map_err(|error| error.to_string())
 }

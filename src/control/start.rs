@@ -26,7 +26,7 @@ use crate::worker::{self, Listener, Route, Setup, Share};
 pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Running, RunError> {
     refuse_what_is_missing(config)?;
     let captures = prepared.is_some();
-    let records = prepared.and_then(Prepared::records);
+    let records = prepared.map(Prepared::records).unwrap_or_default().pop();
     let own_ports = Arc::new(OwnPorts::new(capturing::own_ports(config)));
     refuse_loops(config, &own_ports)?;
     let cpus = cpus(&config.workers)?;

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A table that lives as long as we do.
+//!
+//! `flags owner` binds it to the netlink socket that made it (nft(8)): a child `nft -i`, which ends
+//! when its standard input closes, so also when we are killed. Nobody else can change or flush an
+//! owned table.
+
+use std::io::{self, Read, Write as _};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::draft::{Draft, STOPPED};
+use super::{missing, refused};
+use crate::capture::CaptureError;
+use crate::sys::memory::text_file;
+
+/// Our table in the kernel, and the child that owns it.
+#[derive(Debug)]
+pub(in crate::capture) struct Table {
+    child: Child,
+    /// `None` once closed.
+    input: Option<ChildStdin>,
+    /// What makes it take nothing more.
+    stop: String,
+    /// What the child was told to read, and may not have read yet.
+    texts: Vec<OwnedFd>,
+}
+
+impl Table {
+    /// Makes the table, in one transaction.
+    pub(in crate::capture) fn install(draft: &Draft) -> Result<Table, CaptureError> {
+        let mut child = Command::new("nft")
+            .arg("-i")
+            // It would keep a history of its commands there.
+            .env("HOME", "/nonexistent")
+            // Ctrl-C is for us: it drains, and the table stays until the end.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(missing)?;
+        let input = child.stdin.take();
+        let mut table = Table { child, input, stop: draft.stop(), texts: Vec::new() };
+        let made = table
+            .run(&draft.table())
+            .and_then(|()| table.wait_until(&["-t", "list", "table", "inet", "weir"]));
+        match made {
+            Ok(true) => Ok(table),
+            Ok(false) => Err(refused("install the nft table", &table.last_words())),
+            Err(source) => Err(refused("install the nft table", &source.to_string())),
+        }
+    }
+
+    /// Takes no more connections. Best effort: if the child is gone, so is the table.
+    pub(in crate::capture) fn stop_taking(&mut self) {
+        let stop = std::mem::take(&mut self.stop);
+        if self.run(&stop).is_ok() {
+            let _ = self.wait_until(&["list", "chain", "inet", "weir", STOPPED]);
+        }
+    }
+
+    /// The child runs, and so the table stands: nobody else can remove it.
+    pub(in crate::capture) fn stands(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The child reads `text` as one transaction.
+    fn run(&mut self, text: &str) -> io::Result<()> {
+        let file = text_file(text)?;
+        let place = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        let Some(input) = &mut self.input else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        writeln!(input, "include \"{place}\"")?;
+        input.flush()?;
+        self.texts.push(file);
+        Ok(())
+    }
+
+    /// Asks nft until it has an answer; false if the child ends first, or takes too long.
+    fn wait_until(&mut self, ask: &[&str]) -> io::Result<bool> {
+        let deadline = Instant::now() + INSTALL_WITHIN;
+        while Instant::now() < deadline && self.stands() {
+            let answer = Command::new("nft").args(ask).stdin(Stdio::null()).output()?;
+            if answer.status.success() {
+                return Ok(true);
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ok(false)
+    }
+
+    /// What the child said, after it was made to end.
+    fn last_words(&mut self) -> String {
+        self.end();
+        let mut said = String::new();
+        if let Some(errors) = &mut self.child.stderr {
+            // What cannot be read is not there to be told.
+            let _ = errors.read_to_string(&mut said);
+        }
+        said
+    }
+
+    fn end(&mut self) {
+        self.input = None;
+        let deadline = Instant::now() + INSTALL_WITHIN;
+        while Instant::now() < deadline && self.stands() {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        // It is over already, or it hangs; in both cases there is nothing more to do for it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// How long nft may take; it needs milliseconds.
+const INSTALL_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_millis(2);

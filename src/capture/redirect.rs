@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//! REDIRECT: connection tracking rewrites the destination, and remembers the one that was meant.
+//!
+//! Only the first packet of a connection meets these rules. weir's own dials stay tracked where
+//! nothing else is taken, so that other people's translations still hold for them.
+
+use super::nft::elements::ports;
+use super::nft::{Draft, Hook, matching};
+use super::plan::{Inbound, Netfilter};
+use super::tproxy::{left_alone, taken};
+use super::{CaptureError, MARK_MASK, OWN_MARK, STEER_MARK};
+
+/// What arrives for a taken port goes to our port on the interface's own address.
+pub(super) fn inbound(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16]) {
+    let mut rules = left_alone(inbound, own_ports);
+    let port = inbound.listen.port();
+    let family = if inbound.listen.is_ipv4() { "meta nfproto ipv4 " } else { "" };
+    let included = ports(&inbound.include);
+    rules.push(format!("{family}tcp dport {included} counter redirect to :{port}"));
+    draft.taking("inbound", rules);
+    draft.rule(
+        Hook::PreroutingNat,
+        "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
+    );
+    count_rewritten(draft, port);
+}
+
+/// What a workload dials goes to our port on loopback.
+pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), CaptureError> {
+    if list.is_empty() {
+        return Ok(());
+    }
+    draft.rule(
+        Hook::OutputNat,
+        format!("meta mark & {MARK_MASK:#x} == {{ {OWN_MARK:#x}, {STEER_MARK:#x} }} return"),
+    );
+    for (index, one) in list.iter().enumerate() {
+        let chain = format!("outbound_redirect_{index}");
+        draft.taking(&chain, taken(one, &format!("counter redirect to :{}", one.port)));
+        let whose = matching(one.workload.as_ref())?;
+        draft.rule(
+            Hook::OutputNat,
+            format!("meta l4proto tcp {whose}fib daddr type != local jump {chain}"),
+        );
+        count_rewritten(draft, one.port);
+    }
+    Ok(())
+}
+
+/// Where two clients would look the same after the rewrite, the kernel gives one another source
+/// port, and notes that as a translation of the source (`nf_nat_setup_info` in
+/// net/netfilter/nf_nat_core.c).
+fn count_rewritten(draft: &mut Draft, port: u16) {
+    draft.object(format!("counter {REWRITTEN} {{ }}"));
+    draft.rule(
+        Hook::Input,
+        format!("tcp dport {port} ct state new ct status & snat == snat counter name {REWRITTEN}"),
+    );
+}
+
+/// The nft counter of clients whose port the kernel changed.
+pub(super) const REWRITTEN: &str = "port_rewritten";

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//! TPROXY: packets are given to our listener as they are.
+//!
+//! Everything happens before connection tracking, so that nothing taken is tracked; what belongs to
+//! a socket of ours is told by that socket's mark.
+
+use std::net::IpAddr;
+
+use super::nft::elements::{destinations, ports};
+use super::nft::{Draft, Hook, matching};
+use super::plan::{Inbound, Netfilter};
+use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, OWN_MARK};
+
+/// What arrives for a taken port is given to our listener. `tproxy` finds an established socket
+/// first, and leaves alone what belongs to one that is not transparent: the replies to the
+/// workload's own connections. The workload's side of a flow over loopback carries the mark that it
+/// inherited; where it inherits none (`accepts_marks`), it is told by its ports.
+pub(super) fn inbound(
+    draft: &mut Draft,
+    inbound: &Inbound,
+    own_ports: &[u16],
+    accepts_marks: bool,
+) {
+    let mut rules = left_alone(inbound, own_ports);
+    let port = inbound.listen.port();
+    let to = match inbound.listen.ip() {
+        ip if ip.is_unspecified() && ip.is_ipv6() => format!("tproxy to :{port}"),
+        IpAddr::V4(ip) if ip.is_unspecified() => format!("tproxy ip to :{port}"),
+        IpAddr::V4(ip) => format!("tproxy ip to {ip}:{port}"),
+        IpAddr::V6(ip) => format!("tproxy ip6 to [{ip}]:{port}"),
+    };
+    let included = ports(&inbound.include);
+    rules.push(format!("tcp dport {included} {to} counter notrack accept"));
+    draft.taking("inbound", rules);
+    draft.rule(
+        Hook::Prerouting,
+        "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
+    );
+    if !accepts_marks {
+        draft.rule(Hook::Output, format!("oifname lo tcp sport {included} counter notrack accept"));
+    }
+}
+
+/// Ports that are not taken: what was asked for, and our own.
+pub(super) fn left_alone(inbound: &Inbound, own_ports: &[u16]) -> Vec<String> {
+    let mut left_alone = inbound.exclude.clone();
+    left_alone.extend(own_ports.iter().map(|port| *port..=*port));
+    if left_alone.is_empty() {
+        return Vec::new();
+    }
+    vec![format!("tcp dport {} return", ports(&left_alone))]
+}
+
+/// Packets that a workload sends to a taken destination are led to loopback by a mark, and given to
+/// our listener there.
+///
+/// Which packets, is remembered by flow, from the SYN on: the last words of a connection are said by
+/// the kernel itself, with a socket of its own (`tcp_v4_send_ack` in net/ipv4/tcp_ipv4.c), and so
+/// carry no cgroup, no user and no mark of the workload's. A connection for which there is no room
+/// goes its own way. Connections of before our time, and replies to those who connect to the
+/// workload, are in no set and so never touched.
+pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), CaptureError> {
+    let Some(first) = list.first() else { return Ok(()) };
+    draft.reroute();
+    remember(draft, first);
+    draft.chain(
+        "steer",
+        vec![format!(
+            "meta mark set meta mark & {:#x} | {OUTBOUND_MARK:#x} counter notrack accept",
+            !MARK_MASK
+        )],
+    );
+    let take = |family: &str, tuple: &str| {
+        format!("add @taken{family} {{ {tuple} timeout {CONNECTING_SECONDS}s }} goto steer")
+    };
+    let mut takes: Vec<String> = TUPLES.iter().map(|(family, to, _)| take(family, to)).collect();
+    takes.push("counter name no_room".to_owned());
+    draft.object("counter no_room { }");
+    draft.chain("take", takes);
+    for (index, one) in list.iter().enumerate() {
+        let chain = format!("outbound_tproxy_{index}");
+        draft.taking(&chain, taken(one, "goto take"));
+        let whose = matching(one.workload.as_ref())?;
+        draft.rule(
+            Hook::Output,
+            format!("tcp flags & (syn | ack) == syn {whose}fib daddr type != local jump {chain}"),
+        );
+    }
+    follow(draft, first);
+    for (family, to) in [("ip", "127.0.0.1"), ("ip6", "[::1]")] {
+        let port = first.port;
+        draft.rule(
+            Hook::Prerouting,
+            format!(
+                "iifname \"lo\" meta l4proto tcp meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} \
+                 tproxy {family} to {to}:{port} counter notrack accept"
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// Sets of the flows that were taken and not ended, and of those that end.
+fn remember(draft: &mut Draft, one: &Netfilter) {
+    // Connections that wait to be accepted are taken, too.
+    let flows = u64::from(one.flows_max) * 2 + 16_384;
+    for (family, _, _) in TUPLES {
+        let address = if family == "4" { "ipv4_addr" } else { "ipv6_addr" };
+        for name in ["taken", "closing"] {
+            draft.object(format!(
+                "set {name}{family} {{ type {address} . inet_service . {address} . inet_service; \
+                 size {flows}; flags dynamic,timeout; }}"
+            ));
+        }
+    }
+}
+
+/// What belongs to flows that were taken. What we reset is over at once; what the workload ends is
+/// kept for as long as anything may still be said about it.
+fn follow(draft: &mut Draft, one: &Netfilter) {
+    // The kernel keeps an ended connection for 60 s (`TCP_TIMEWAIT_LEN` in include/net/tcp.h).
+    let closing = one.half_closed.as_secs().max(60) + 10;
+    for (family, to, back) in TUPLES {
+        draft.first(
+            Hook::Output,
+            format!(
+                "meta mark & {MARK_MASK:#x} == {OWN_MARK:#x} tcp flags & rst == rst delete \
+                 @taken{family} {{ {back} }}"
+            ),
+        );
+        draft.rule(
+            Hook::Output,
+            format!(
+                "tcp flags & (fin | rst) != 0x0 {to} @taken{family} add @closing{family} {{ {to} \
+                 timeout {closing}s }} delete @taken{family} {{ {to} }}"
+            ),
+        );
+        for (name, seconds) in [("taken", OPEN_SECONDS), ("closing", closing)] {
+            draft.rule(
+                Hook::Output,
+                format!(
+                    "{to} @{name}{family} update @{name}{family} {{ {to} timeout {seconds}s }} \
+                     goto steer"
+                ),
+            );
+        }
+    }
+}
+
+/// The rules of a taking chain: what is left alone, then what is taken.
+pub(super) fn taken(one: &Netfilter, verdict: &str) -> Vec<String> {
+    let leave = destinations(&one.exclude).into_iter().map(|to| format!("{to} return"));
+    let mut rules: Vec<String> = leave.collect();
+    if !one.exclude_ports.is_empty() {
+        rules.push(format!("tcp dport {} return", ports(&one.exclude_ports)));
+    }
+    let included = ports(&one.include_ports);
+    let take = |to| format!("{to} tcp dport {included} {verdict}");
+    rules.extend(destinations(&one.include).into_iter().map(take));
+    rules
+}
+
+/// By family: a flow as the workload's packets name it, and as ours do.
+const TUPLES: [(&str, &str, &str); 2] = [
+    (
+        "4",
+        "ip saddr . tcp sport . ip daddr . tcp dport",
+        "ip daddr . tcp dport . ip saddr . tcp sport",
+    ),
+    (
+        "6",
+        "ip6 saddr . tcp sport . ip6 daddr . tcp dport",
+        "ip6 daddr . tcp dport . ip6 saddr . tcp sport",
+    ),
+];
+/// The kernel gives up a connect after 127 s (`tcp_syn_retries` 6, tcp(7)).
+const CONNECTING_SECONDS: u64 = 130;
+/// Every packet begins it anew; a flow that is silent for longer is cut.
+const OPEN_SECONDS: u64 = 86_400;
