@@ -88,6 +88,8 @@ pub struct Inbound {
     pub proxy_protocol: ProxyProtocol,
     /// Whose address the workload sees.
     pub source: SourceAddress,
+    /// Ports to dial the workload from under a client's address.
+    pub source_ports: RangeInclusive<u16>,
 }
 
 /// How inbound traffic is taken.

@@ -96,7 +96,7 @@ pub enum Denied {
     OwnPort,
     /// Too many flows from one address.
     SourceLimit,
-    /// No port is free to dial from under the client's address.
+    /// No port is free to dial from.
     SourcePorts,
     /// Nobody recorded where it meant to go.
     UnknownDestination,

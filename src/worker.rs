@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +19,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::capture::{OwnPorts, Records, SourcePorts};
-use crate::config::{Balance, ProxyProtocol, SourceAddress};
+use crate::config::{Balance, ProxyProtocol};
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::profile::Profile;
@@ -26,12 +27,14 @@ use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError};
 use crate::sys::{process, socket};
 
 use accept::Listening;
+use breaker::Breaker;
 use mailbox::{Letter, Mailbox};
 use slab::Slab;
 use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
 
 mod accept;
+mod breaker;
 mod destination;
 mod mailbox;
 mod proxy_header;
@@ -104,8 +107,17 @@ pub enum Route {
         /// `InboundTproxy` or `OutboundTproxy`.
         origin: Origin,
         /// Whose address the upstream sees.
-        source: SourceAddress,
+        source: Source,
     },
+}
+
+/// Whose address an upstream sees.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Source {
+    /// The client's, with a port of this range.
+    Keep(RangeInclusive<u16>),
+    /// Ours.
+    Own,
 }
 
 /// A flow as `weir flows` shows it.
@@ -291,6 +303,7 @@ impl Worker {
         let listening = Listening::new(&mut setup);
         Ok(Worker {
             batch: Batch::new(),
+            breaker: Breaker::new(),
             clock: Clock::start(),
             drain_until: None,
             mailbox,

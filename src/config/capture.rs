@@ -30,6 +30,7 @@ pub(super) fn inbound(
             .word("proxy_protocol", &PROXY_PROTOCOL, mistakes)
             .unwrap_or(ProxyProtocol::Off),
         source: section.word("source", &SOURCE, mistakes).unwrap_or(SourceAddress::Keep),
+        source_ports: source_ports(&mut section, mistakes).unwrap_or(SOURCE_PORTS),
     };
     if inbound.capture == InboundCapture::Redirect {
         mistakes.add(place, "inbound.capture", "redirect is not in this version: use tproxy");
@@ -74,6 +75,18 @@ pub(super) fn outbound(
     }
     section.finish(mistakes);
     Some(Outbound { capture, exclude, include, listen, workload })
+}
+
+/// A range that is worth walking; by default below the usual ephemeral ports.
+fn source_ports(section: &mut Section, mistakes: &mut Mistakes) -> Option<RangeInclusive<u16>> {
+    let path = section.path("source_ports");
+    let node = section.take("source_ports")?;
+    let range = port_range(&node, &path, mistakes)?;
+    if range.len() < SOURCE_PORTS_MIN {
+        let text = format!("{}must hold at least {SOURCE_PORTS_MIN} ports", node.said());
+        mistakes.add(node.place, &path, text);
+    }
+    Some(range)
 }
 
 fn workload(node: Option<Node>, mistakes: &mut Mistakes) -> Option<Workload> {
@@ -178,3 +191,7 @@ const PROXY_PROTOCOL: [(&str, ProxyProtocol); 3] =
     [("off", ProxyProtocol::Off), ("v1", ProxyProtocol::V1), ("v2", ProxyProtocol::V2)];
 const SOURCE: [(&str, SourceAddress); 2] =
     [("keep", SourceAddress::Keep), ("own", SourceAddress::Own)];
+/// Below the ephemeral range of Linux (32768 to 60999), above what services usually listen on.
+const SOURCE_PORTS: RangeInclusive<u16> = 10_240..=32_767;
+/// Each worker has its own part of them.
+const SOURCE_PORTS_MIN: usize = 64;

@@ -70,6 +70,7 @@ fn inbound(inbound: &Inbound) -> Value {
         "listen": inbound.listen.to_string(),
         "ports": { "include": ports(&inbound.ports.include), "exclude": ports(&inbound.ports.exclude) },
         "source": match inbound.source { SourceAddress::Keep => "keep", SourceAddress::Own => "own" },
+        "source_ports": format!("{}-{}", inbound.source_ports.start(), inbound.source_ports.end()),
         "proxy_protocol": match inbound.proxy_protocol {
             ProxyProtocol::Off => "off",
             ProxyProtocol::V1 => "v1",
@@ -161,6 +162,7 @@ inbound:
   listen: "0.0.0.0:16006"
   ports: { include: [80, "8000-8100"], exclude: 8022 }
   source: own
+  source_ports: 20000-20999
   proxy_protocol: off
 outbound:
   capture: connect

@@ -20,7 +20,7 @@ use crate::profile::{Limits, Profile, RelayMode};
 use crate::ring::Marks;
 use crate::sys::process;
 use crate::sys::socket::{ListenError, ListenOptions, listen};
-use crate::worker::{self, Listener, Route, Setup, Share};
+use crate::worker::{self, Listener, Route, Setup, Share, Source};
 
 /// Opens listeners and starts workers.
 pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Running, RunError> {
@@ -153,7 +153,11 @@ fn open_listeners(
             let options = ListenOptions { mark, transparent: true, ..options };
             let fd = listen_patiently(inbound.listen, &options)?;
             let proxy_protocol = inbound.proxy_protocol;
-            let route = Route::Socket { origin: Origin::InboundTproxy, source: inbound.source };
+            let source = match inbound.source {
+                SourceAddress::Keep => Source::Keep(inbound.source_ports.clone()),
+                SourceAddress::Own => Source::Own,
+            };
+            let route = Route::Socket { origin: Origin::InboundTproxy, source };
             worker.push(Listener { fd, name: "inbound".into(), proxy_protocol, route });
         }
         let Some((outbound, records)) = config.outbound.as_ref().zip(records) else { continue };

@@ -19,7 +19,7 @@ use crate::addr::{Downstream, OriginalDst};
 use crate::capture::SourcePorts;
 use crate::config::ProxyProtocol;
 use crate::metrics::{Denied, Origin};
-use crate::op::{FlowId, Kind, Segment, Token};
+use crate::op::{FlowId, Kind, Segment, Side, Token};
 use crate::ring::{AcceptInto, Event};
 use crate::sys::socket;
 
@@ -187,8 +187,12 @@ impl Worker {
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
     fn serve_slot(&mut self, slot: FlowId, listener: u16) {
-        let Some(Destination { endpoint, upstream, .. }) = self.endpoint(listener) else {
-            return self.ring.close(slot, crate::op::Side::Downstream, true);
+        let Destination { endpoint, upstream, .. } = match self.endpoint(listener) {
+            Ok(destination) => destination,
+            Err(denied) => {
+                self.count_denied(denied);
+                return self.ring.close(slot, Side::Downstream, true);
+            }
         };
         self.began(listener);
         let peers = Peers {
@@ -263,11 +267,15 @@ impl Worker {
     }
 
     fn deny(&mut self, why: Denied, fd: &OwnedFd) {
+        self.count_denied(why);
+        // Closing `fd` after this sends RST. If even that fails, closing it sends FIN.
+        let _ = socket::set_reset_on_close(fd.as_fd());
+    }
+
+    fn count_denied(&self, why: Denied) {
         if let Some(counter) = self.counters.denied.get(why as usize) {
             counter.add(1);
         }
-        // Closing `fd` after this sends RST. If even that fails, closing it sends FIN.
-        let _ = socket::set_reset_on_close(fd.as_fd());
     }
 }
 
@@ -310,8 +318,8 @@ impl Listening {
         let Some(downstream) = peers.downstream else { return };
         self.sources.leave(downstream.ip());
         if let Some(source) = peers.source {
-            self.source_ports.leave(source);
-            self.source_ports.leave(downstream);
+            self.source_ports.leave(source, peers.upstream);
+            self.source_ports.leave(downstream, peers.upstream);
         }
     }
 
@@ -338,7 +346,7 @@ impl Listening {
         u32::try_from(ones.count()).unwrap_or(u32::MAX)
     }
 
-    fn unpick(&mut self, listener: u16, endpoint: u16) {
+    pub(super) fn unpick(&mut self, listener: u16, endpoint: u16) {
         let state = self.states.get_mut(usize::from(listener));
         let flows = state.and_then(|state| state.endpoint_flows.get_mut(usize::from(endpoint)));
         if let Some(flows) = flows {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::accept::Listening;
+use super::breaker::Breaker;
 use super::mailbox::{Letter, Mailbox};
 use super::slab::{Peers, Slab};
 use super::wheel::{Clock, Wheel};
@@ -24,6 +25,7 @@ use crate::ring::{Batch, Event, Ring, RingError};
 /// Everything one worker owns.
 pub(super) struct Worker {
     pub(super) batch: Batch,
+    pub(super) breaker: Breaker,
     pub(super) clock: Clock,
     pub(super) counters: Arc<Counters>,
     /// When draining: the tick at which what is left is reset.

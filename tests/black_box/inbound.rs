@@ -2,7 +2,7 @@
 //! Inbound tproxy: the workload sees its clients, the kernel tracks nothing, nobody loops.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::scope;
@@ -10,7 +10,7 @@ use std::thread::scope;
 use socket2::{Domain, Socket, Type};
 
 use crate::harness::{
-    Net, PATIENCE, Place, Weir, check, config_file, echo, said, send, until, weir,
+    Net, PATIENCE, Place, Weir, check, config_file, echo, expect_reset, said, send, until, weir,
 };
 
 /// Namespaces in which replies can be led back by mark.
@@ -138,6 +138,40 @@ fn taken_source_port_is_passed_over() {
     }
     assert_eq!(weir.closed("local_limit"), 0);
     drop(held);
+    weir.end(&net);
+}
+
+/// TP3: when every source port is in use the next client is reset at once and counted; each
+/// destination has its own.
+#[test]
+fn exhausted_source_ports_reset_at_once() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "[::]:80"));
+    echo(net.listen(Place::Node, "[::]:81"));
+    let weir = Weir::run(&net, "workers: 1\ninbound: { source_ports: 20000-20063 }");
+    let mut open: Vec<TcpStream> = Vec::new();
+    for (count, door) in (1..).zip(["10.98.1.1:80", "10.98.1.1:81", "[fd98:1::1]:80"]) {
+        let before = open.len();
+        while weir.denied("source_ports") < count {
+            // A reset may come before the connect returns.
+            let client = net.try_connect(Place::Client, door);
+            let counted = || weir.denied("source_ports") + weir.opened();
+            until("it is served or denied", || counted() == (open.len() as u64 + count));
+            match client {
+                Ok(stream) if weir.denied("source_ports") < count => open.push(stream),
+                Ok(mut stream) => expect_reset(&mut stream),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+            }
+            assert!(open.len() - before <= 64, "64 ports");
+        }
+        // Ports that share a place in weir's table with a live connection are passed over.
+        assert!(open.len() - before > 50, "{} flows", open.len() - before);
+    }
+    for (seed, stream) in (0..).zip(&mut open) {
+        send(stream, seed, 1000).unwrap();
+        check(stream, seed, 1000);
+    }
+    drop(open);
     weir.end(&net);
 }
 

@@ -2,8 +2,11 @@
 //! Upstreams that do not answer, queues that overflow, work that spreads.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use crate::harness::{Net, Place, Weir, check, echo, said, send, until};
+use socket2::SockRef;
+
+use crate::harness::{Net, Place, Weir, check, echo, receive, said, send, until};
 
 const LISTEN: &str = "10.98.1.1:7000";
 const SERVER: &str = "10.98.2.2:7001";
@@ -31,6 +34,49 @@ fn dead_upstream_resets_the_downstream_and_is_counted() {
         assert_eq!(weir.metric("weir_connect_failed_total", &[&reason]), 1, "{upstream}");
         weir.end(&net);
     }
+}
+
+/// TP3: without a free port to dial from clients are reset at once; dials are tried again now and
+/// then, and not for everyone who comes. Each destination has its own ports.
+#[test]
+fn exhausted_ports_are_answered_fast_and_without_a_storm() {
+    let net = Net::new();
+    let (first, second) = ("10.98.2.2:7001", "10.98.2.2:7002");
+    echo(net.listen(Place::Server, first));
+    echo(net.listen(Place::Server, second));
+    net.set(Place::Node, "net.ipv4.ip_local_port_range=40000 40063");
+    let other = "10.98.1.1:7009";
+    let config = format!(
+        "workers: 1\nforward:\n- {{ listen: \"{LISTEN}\", endpoints: [\"{first}\"] }}\n\
+         - {{ listen: \"{other}\", endpoints: [\"{second}\"] }}"
+    );
+    let weir = Weir::run(&net, &config);
+    let mut open = Vec::new();
+    for (door, flows) in [(LISTEN, 64), (other, 128)] {
+        while open.len() < flows {
+            open.push(net.connect(Place::Client, door));
+        }
+        until("all are open", || weir.active() == flows as u64);
+    }
+    let began = Instant::now();
+    for _ in 0..300 {
+        net.is_reset(Place::Client, LISTEN);
+    }
+    let tried = u128::from(weir.closed("local_limit"));
+    assert_eq!(tried + u128::from(weir.denied("source_ports")), 300);
+    let pauses = began.elapsed().as_millis() / 100;
+    assert!((1..=pauses + 2).contains(&tried), "{tried} dials in {pauses} pauses");
+    // With a reset no port lingers in TIME_WAIT.
+    for client in open {
+        SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+    until("the flows end", || weir.active() == 0);
+    until("clients are served again", || {
+        net.try_connect(Place::Client, LISTEN).is_ok_and(|mut stream| {
+            send(&mut stream, 1, 1000).and_then(|()| receive(&mut stream, 1, 1000)).is_ok()
+        })
+    });
+    weir.end(&net);
 }
 
 /// RS5: an accept queue that overflowed loses nobody who is patient.
