@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A single-threaded io_uring: multishot accept and receive into shared buffers, plain sends.
 //!
-//! A connection's number is its place in the ring's own descriptor table, where that pays. Just enough for a generator that is not the bottleneck. Sends point into memory that never
-//! moves: the shared buffers, or one pattern that lives as long as the engine.
+//! A connection's number is its place in the ring's own descriptor table, where that pays. Just
+//! enough for a generator that is not the bottleneck. Sends point into memory that never moves: the
+//! shared buffers, or the outgoing bytes, which live as long as the engine.
 #![expect(unsafe_code, reason = "requests carry pointers")]
 
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use io_uring::types::BufRingEntry;
@@ -20,9 +22,10 @@ pub(crate) struct Engine {
     buffer_bytes: u32,
     buffer_count: u16,
     buffers: Vec<u8>,
+    enters: u64,
     entries: Vec<BufRingEntry>,
     offset: usize,
-    pattern: Vec<u8>,
+    outgoing: Vec<u8>,
     tail: u16,
     to: Box<SockAddr>,
 }
@@ -46,6 +49,7 @@ pub(crate) enum Kind {
     Receive = 3,
     Send = 4,
     Close = 5,
+    Shutdown = 6,
 }
 
 /// How a request names its socket.
@@ -74,11 +78,11 @@ impl Socket {
 }
 
 impl Engine {
-    /// `to` is where connects go; `pattern` bytes can be sent at a time; `message` bytes fit a
+    /// `to` is where connects go; `outgoing` is what can be sent; `message` bytes fit a
     /// buffer, as far as that is sensible; so many `places` for connections are in the table.
     pub(crate) fn open(
         to: SocketAddr,
-        pattern: usize,
+        outgoing: Vec<u8>,
         message: usize,
         places: u32,
     ) -> Result<Engine> {
@@ -107,9 +111,10 @@ impl Engine {
             buffer_bytes,
             buffer_count,
             buffers: vec![0; usize::from(buffer_count) * buffer_bytes as usize],
+            enters: 0,
             entries,
             offset: start,
-            pattern: vec![0x5a; pattern],
+            outgoing,
             tail: 0,
             to: Box::new(to.into()),
         };
@@ -160,11 +165,50 @@ impl Engine {
         self.push(receive, Kind::Receive, connection);
     }
 
-    /// Sends `bytes` of the pattern.
-    pub(crate) fn send_pattern(&mut self, connection: usize, socket: Socket, bytes: usize) {
-        let bytes = bytes.min(self.pattern.len());
-        let (address, bytes) = (self.pattern.as_ptr(), u32::try_from(bytes).unwrap_or(0));
+    /// Sends `bytes` of the outgoing ones, those that begin at `from`.
+    pub(crate) fn send_outgoing(
+        &mut self,
+        connection: usize,
+        socket: Socket,
+        from: usize,
+        bytes: usize,
+    ) {
+        let part = self.outgoing.get(from..from + bytes).unwrap_or_default();
+        let (address, bytes) = (part.as_ptr(), u32::try_from(part.len()).unwrap_or(0));
         self.send(connection, socket, address, bytes);
+    }
+
+    /// Outgoing bytes, to be written while no send of them is in flight.
+    pub(crate) fn outgoing(&mut self, from: usize, bytes: usize) -> &mut [u8] {
+        self.outgoing.get_mut(from..from + bytes).unwrap_or_default()
+    }
+
+    pub(crate) const fn outgoing_bytes(&self) -> usize {
+        self.outgoing.len()
+    }
+
+    /// What was received into `buffer`, until that is recycled.
+    pub(crate) fn received(&self, buffer: u16, bytes: usize) -> &[u8] {
+        let from = usize::from(buffer) * self.buffer_bytes as usize;
+        self.buffers.get(from..from + bytes).unwrap_or_default()
+    }
+
+    /// No more will be sent: FIN follows what was.
+    pub(crate) fn shut_down(&mut self, connection: usize, socket: Socket) {
+        let shutdown = opcode::Shutdown::new(socket.number(), libc::SHUT_WR).build();
+        self.push(shutdown.flags(socket.flags()), Kind::Shutdown, connection);
+    }
+
+    /// Breaks a connection of the table: everything in flight ends, and who still sends is reset.
+    pub(crate) fn abort(&mut self, connection: usize) {
+        let number = Socket::Place(connection);
+        let shutdown = opcode::Shutdown::new(number.number(), libc::SHUT_RDWR).build();
+        self.push(shutdown.flags(number.flags()), Kind::Shutdown, connection);
+    }
+
+    /// Times the kernel was entered.
+    pub(crate) const fn enters(&self) -> u64 {
+        self.enters
     }
 
     /// Sends what was received into `buffer`.
@@ -199,9 +243,10 @@ impl Engine {
         unsafe { (*tail).store(self.tail, Ordering::Release) };
     }
 
-    /// Submits, waits up to 10 ms for something or not at all, and brings every completion.
-    pub(crate) fn turn(&mut self, events: &mut Vec<Event>, wait: bool) -> Result<()> {
-        let patience = types::Timespec::new().nsec(if wait { 10_000_000 } else { 0 });
+    /// Submits, waits so long for something to happen, and brings every completion.
+    pub(crate) fn turn(&mut self, events: &mut Vec<Event>, patience: Duration) -> Result<()> {
+        self.enters += 1;
+        let patience = types::Timespec::from(patience);
         let arguments = types::SubmitArgs::new().timespec(&patience);
         match self.io.submitter().submit_with_args(1, &arguments) {
             Err(error)
@@ -220,7 +265,8 @@ impl Engine {
                 2 => Kind::Connect,
                 3 => Kind::Receive,
                 4 => Kind::Send,
-                _ => Kind::Close,
+                5 => Kind::Close,
+                _ => Kind::Shutdown,
             },
             more: cqueue::more(entry.flags()),
             result: entry.result(),
@@ -236,7 +282,7 @@ impl Engine {
 
     fn push(&mut self, entry: squeue::Entry, kind: Kind, connection: usize) {
         let entry = entry.user_data((connection as u64) << 8 | kind as u64);
-        // SAFETY: pointers lead to `buffers`, `pattern` or `to`, which live as long as the ring
+        // SAFETY: pointers lead to `buffers`, `outgoing` or `to`, which live as long as the ring
         // and never move.
         while unsafe { self.io.submission().push(&entry) }.is_err() {
             let _ = self.io.submit();

@@ -1,21 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The client: puts load on an address for a while and counts what came of it.
 //!
-//! Closed loop: every connection waits for its answer before it asks again.
+//! Closed loop: every connection waits for its answer before it asks again. Open loop (`--rate`):
+//! exchanges are due at their times whatever the answers do, and a latency counts from when its
+//! exchange was due, so that a stall is not omitted from the figures.
 
-use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::fmt::Write as _;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
-use hdrhistogram::Histogram;
-use serde::Serialize;
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::time::{ClockId, clock_gettime};
 
-use crate::engine::{self, Engine, Event};
+use crate::arguments::{Engine, Output, Run, Serve};
 use crate::serve::{self, Server};
-use crate::{Run, Serve};
+use crate::threshold::Figures;
+use crate::watch::{Memory, Watch};
+use crate::{Exit, place, print, signals};
+
+use client::Client;
+use outcome::Outcome;
+
+mod client;
+pub(crate) mod outcome;
+mod pace;
+pub(crate) mod sizes;
+mod tokio_uring;
 
 /// What to do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -24,306 +34,227 @@ pub(crate) enum Kind {
     Bulk,
     /// Connect, exchange one message, close; again and again
     Connections,
+    /// Connect, send a message and FIN, then read the answer to its end
+    HalfClose,
+    /// Exchange HTTP/1.1 requests and answers on connections that stay
+    Http,
     /// Connect, and hold the connections without a word
     Idle,
     /// Exchange messages on connections that stay
     Pingpong,
+    /// Send to a sink as fast as it goes
+    Upload,
 }
 
-/// What came of it.
-#[derive(Debug, Default, Serialize)]
-struct Outcome {
-    bytes_per_second: f64,
-    connections: usize,
-    errors: u64,
-    latency_us: Latency,
-    per_second: f64,
-    seconds: f64,
-    size: usize,
-    /// Anonymous memory of the watched process that came for each connection.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    watched_bytes_per_connection: Option<f64>,
-}
-
-#[derive(Debug, Default, Serialize)]
-struct Latency {
-    max: u64,
-    p50: u64,
-    p90: u64,
-    p99: u64,
-    p99_9: u64,
-}
-
-struct Client<'a> {
-    arguments: &'a Run,
-    bytes: u64,
-    counting: bool,
-    done: u64,
-    engine: Engine,
-    errors: u64,
-    latency: Histogram<u64>,
-    server: Option<Server>,
-    slots: Vec<Slot>,
-}
-
-struct Slot {
-    began: Instant,
-    closing: bool,
-    in_flight: u32,
-    missing: usize,
-    socket: Option<Socket>,
-    stands: bool,
-}
-
-/// Runs and prints the outcome as JSON.
-pub(crate) fn run(arguments: &Run) -> Result<()> {
-    if arguments.size == 0 || arguments.connections == 0 {
-        bail!("--size and --connections must be above 0");
+impl Kind {
+    /// Each exchange has a connection of its own.
+    const fn is_short(self) -> bool {
+        matches!(self, Kind::Connections | Kind::HalfClose)
     }
-    let message = if arguments.kind == Kind::Bulk { usize::MAX } else { arguments.size };
-    let places = u32::try_from(arguments.connections)?;
-    let before = arguments.watch_pid.map(anonymous_bytes).transpose()?;
-    let mut client = Client {
-        arguments,
-        bytes: 0,
-        counting: false,
-        done: 0,
-        engine: Engine::open(arguments.to, arguments.size, message, places)?,
-        errors: 0,
-        latency: Histogram::new_with_bounds(1, 60_000_000, 3)?,
-        server: arguments.serve.map(|listen| server(arguments, listen)).transpose()?,
-        slots: Vec::new(),
+
+    /// Bytes, and not exchanges, are what counts.
+    const fn is_stream(self) -> bool {
+        matches!(self, Kind::Bulk | Kind::Upload)
+    }
+
+    /// The server that this load wants.
+    const fn server(self) -> serve::Kind {
+        match self {
+            Kind::Bulk => serve::Kind::Source,
+            Kind::HalfClose => serve::Kind::HalfDuplex,
+            Kind::Http => serve::Kind::Http,
+            Kind::Connections | Kind::Idle | Kind::Pingpong => serve::Kind::Echo,
+            Kind::Upload => serve::Kind::Sink,
+        }
+    }
+
+    fn word(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// Runs, and prints the outcome.
+pub(crate) fn run(arguments: &Run) -> Result<Exit> {
+    check(arguments)?;
+    signals::catch()?;
+    if let Some(cpu) = arguments.place.cpu {
+        place::pin(cpu)?;
+    }
+    if let Some(cgroup) = &arguments.cgroup {
+        place::join(cgroup)?;
+    }
+    let mut watch = Watch::new(arguments.watch_pid.clone(), arguments.watch_socket.clone());
+    let memory = watch.memory()?;
+    let server = arguments.serve.map(|listen| server(arguments, listen)).transpose()?;
+    if server.is_some() {
+        watch.add_this_namespace();
+    }
+    if let Some(namespace) = &arguments.place.netns {
+        place::enter(namespace)?;
+    }
+    watch.add_this_namespace();
+    let outcome = match arguments.place.engine {
+        Engine::Ring => Client::open(arguments, server)?.measure(watch, memory)?,
+        Engine::TokioUring => tokio_uring::measure(arguments, watch, memory)?,
     };
-    for index in 0..arguments.connections {
-        client.slots.push(Slot::new());
-        client.connect(index)?;
+    print(&match arguments.output {
+        Output::Json => format!("{}\n", serde_json::to_string(&outcome)?),
+        Output::Table => table(&outcome),
+    });
+    judge(arguments, &outcome)
+}
+
+/// What cannot be, said before anything is done.
+fn check(arguments: &Run) -> Result<()> {
+    let kind = arguments.kind;
+    ensure!(arguments.connections > 0, "--connections must be above 0");
+    if arguments.rate.is_some() && (kind.is_stream() || kind == Kind::Idle) {
+        bail!("--rate is for exchanges, and --kind {} has none", kind.word());
     }
-    client.turn_for(arguments.warmup)?;
-    client.counting = true;
-    let began = Instant::now();
-    client.turn_for(arguments.duration)?;
-    let mut outcome = client.outcome(began.elapsed());
-    if let (Some(pid), Some(before)) = (arguments.watch_pid, before) {
-        let grown = anonymous_bytes(pid)?.saturating_sub(before);
-        outcome.watched_bytes_per_connection = Some(ratio(grown, client.standing()));
+    if arguments.rate.is_some() && !arguments.think.is_zero() {
+        bail!("--think is for the closed loop: leave it out, or --rate");
     }
-    println_json(&outcome)?;
-    if arguments.kind == Kind::Idle {
-        let standing = client.standing();
-        ensure!(standing == u64::from(places), "{standing} of {places} connections stand");
-    } else if client.done == 0 && client.bytes == 0 {
-        bail!("nothing got through to {} ({} errors)", arguments.to, client.errors);
+    if arguments.check && matches!(kind, Kind::Http | Kind::Idle) {
+        bail!("--check needs messages of its own, and --kind {} has none", kind.word());
+    }
+    if arguments.place.engine == Engine::TokioUring {
+        let is_there = matches!(kind, Kind::Bulk | Kind::Connections | Kind::Pingpong);
+        ensure!(is_there, "--engine tokio-uring knows bulk, connections and pingpong only");
+        let is_plain = arguments.rate.is_none() && !arguments.check && arguments.serve.is_none();
+        ensure!(is_plain, "--rate, --check and --serve need --engine ring");
     }
     Ok(())
 }
 
 /// The server that this load wants.
-fn server(arguments: &Run, listen: SocketAddr) -> Result<Server> {
-    let kind = match arguments.kind {
-        Kind::Bulk => serve::Kind::Source,
-        _ => serve::Kind::Echo,
-    };
-    let congestion = arguments.congestion.clone();
-    Server::open(&Serve { listen, kind, size: arguments.size, congestion })
+fn server(arguments: &Run, listen: std::net::SocketAddr) -> Result<Server> {
+    if let Some(namespace) = &arguments.serve_netns {
+        place::enter(namespace)?;
+    }
+    Server::open(&Serve {
+        check: arguments.check,
+        congestion: arguments.congestion.clone(),
+        delay: Duration::ZERO,
+        kind: arguments.kind.server(),
+        listen,
+        place: arguments.place.clone(),
+        read_rate: 0,
+        size: arguments.size.largest(),
+    })
 }
 
-/// Resident memory that belongs to user space alone (proc_pid_smaps(5)).
-fn anonymous_bytes(pid: u32) -> Result<u64> {
-    let place = format!("/proc/{pid}/smaps_rollup");
-    let text = std::fs::read_to_string(&place).with_context(|| format!("read {place}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Anonymous:"));
-    let kilobytes = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    Ok(kilobytes.with_context(|| format!("no Anonymous in {place}"))? * 1024)
+/// The exit code, with its reason on stderr.
+fn judge(arguments: &Run, outcome: &Outcome) -> Result<Exit> {
+    if arguments.kind != Kind::Idle && outcome.per_second == 0.0 && outcome.bytes_per_second == 0.0
+    {
+        let kinds: Vec<&str> = outcome.errors_by_kind.keys().map(String::as_str).collect();
+        let kinds = kinds.join(", ");
+        bail!("nothing got through to {} ({} errors: {kinds})", arguments.to, outcome.errors);
+    }
+    if outcome.interrupted {
+        eprintln!("interrupted after {:.1} s: the figures are of that time", outcome.seconds);
+        return Ok(Exit::Interrupted);
+    }
+    if let Some(wanted) = arguments.rate.filter(|wanted| outcome.per_second < wanted * 0.99) {
+        let reached = outcome.per_second;
+        eprintln!("warning: {wanted} exchanges a second were due and {reached:.0} done");
+    }
+    let figures = Figures::of(outcome);
+    let missed: Vec<String> =
+        arguments.threshold.iter().filter_map(|threshold| threshold.missed(&figures)).collect();
+    missed.iter().for_each(|text| eprintln!("{text}"));
+    Ok(if missed.is_empty() { Exit::Fine } else { Exit::ThresholdMissed })
 }
 
-#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
-fn ratio(one: u64, other: u64) -> f64 {
-    one as f64 / other.max(1) as f64
+/// What a person wants to know first.
+fn table(outcome: &Outcome) -> String {
+    let mut text = String::new();
+    let latency = &outcome.latency_us;
+    let head = format!(
+        "{}, {} connections, {} B, {:.1} s",
+        outcome.kind, outcome.connections, outcome.size, outcome.seconds
+    );
+    // Writing to a string cannot fail.
+    let _ = writeln!(text, "{head}");
+    if outcome.per_second > 0.0 {
+        let _ = writeln!(text, "  rate     {:>12.0} /s", outcome.per_second);
+        for (name, value) in [
+            ("p50", latency.p50),
+            ("p90", latency.p90),
+            ("p99", latency.p99),
+            ("p99.9", latency.p99_9),
+            ("max", latency.max),
+        ] {
+            let _ = writeln!(text, "  {name:<8} {value:>12.1} µs");
+        }
+    }
+    if outcome.bytes_per_second > 0.0 {
+        let _ = writeln!(text, "  received {:>12.1} MB/s", outcome.bytes_per_second / 1e6);
+    }
+    let _ = writeln!(text, "  errors   {:>12}", outcome.errors);
+    for (kind, count) in &outcome.errors_by_kind {
+        let _ = writeln!(text, "    {kind:<16} {count}");
+    }
+    if let Some(bytes) = outcome.watched_bytes_per_connection {
+        let _ = writeln!(text, "  memory   {bytes:>12.0} B a connection of the watched process");
+    }
+    if let Some(watched) = &outcome.watched {
+        let _ = writeln!(text, "  watched  {:>12.3} s of CPU", watched.cpu_seconds);
+    }
+    text
 }
 
-#[expect(clippy::print_stdout, reason = "the outcome is what the command is for")]
-fn println_json(outcome: &Outcome) -> Result<()> {
-    println!("{}", serde_json::to_string(outcome)?);
-    Ok(())
+/// CPU time of this thread.
+fn thread_cpu() -> Duration {
+    // The clock exists on every Linux.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
-impl Slot {
-    fn new() -> Slot {
-        Slot {
-            began: Instant::now(),
-            closing: false,
-            in_flight: 0,
-            missing: 0,
-            socket: None,
-            stands: false,
-        }
+/// Memory that came for each connection.
+#[expect(clippy::cast_precision_loss, reason = "bytes stay far below 2^52")]
+fn each(bytes: i64, connections: usize) -> f64 {
+    bytes as f64 / connections.max(1) as f64
+}
+
+/// What the outcome says besides its counts.
+fn about(arguments: &Run, outcome: Outcome) -> Outcome {
+    let engine = arguments.place.engine.to_possible_value();
+    Outcome {
+        connections: arguments.connections,
+        engine: engine.map_or_else(String::new, |value| value.get_name().to_owned()),
+        interrupted: signals::is_interrupted(),
+        kind: arguments.kind.word(),
+        rate_wanted: arguments.rate,
+        size: arguments.size.to_string(),
+        ..outcome
     }
 }
 
-impl Client<'_> {
-    fn turn_for(&mut self, span: Duration) -> Result<()> {
-        let until = Instant::now() + span;
-        let mut events = Vec::new();
-        while Instant::now() < until {
-            if let Some(server) = &mut self.server {
-                server.turn(false)?;
-            }
-            self.engine.turn(&mut events, self.server.is_none())?;
-            for event in &events {
-                self.take(*event)?;
-            }
-        }
-        Ok(())
+/// A reading at the begin, for the difference at the end.
+struct Window {
+    begin: crate::watch::Reading,
+    cpu: Duration,
+    memory: Memory,
+    watch: Watch,
+}
+
+impl Window {
+    fn open(mut watch: Watch, memory: Memory) -> Window {
+        let begin = watch.read();
+        Window { begin, cpu: thread_cpu(), memory, watch }
     }
 
-    fn connect(&mut self, index: usize) -> Result<()> {
-        let domain = Domain::for_address(self.arguments.to);
-        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))
-            .context("make a socket (is the descriptor limit too low for --connections?)")?;
-        socket.set_tcp_nodelay(true)?;
-        if let Some(name) = &self.arguments.congestion {
-            socket.set_tcp_congestion(name.as_bytes()).with_context(|| format!("choose {name}"))?;
+    /// Completes the outcome; `cpu` is this thread's at the end.
+    fn close(mut self, arguments: &Run, cpu: Duration, outcome: Outcome) -> Result<Outcome> {
+        let mut outcome = about(arguments, outcome);
+        outcome.generator.cpu_seconds = cpu.saturating_sub(self.cpu).as_secs_f64();
+        let end = self.watch.read();
+        let watched = self.watch.difference(&self.begin, &end, self.memory)?;
+        if arguments.kind == Kind::Idle && !arguments.watch_pid.is_empty() {
+            outcome.watched_bytes_per_connection =
+                Some(each(watched.user_bytes, arguments.connections));
         }
-        if self.arguments.reset {
-            socket.set_linger(Some(Duration::ZERO))?;
-        }
-        if self.arguments.kind != Kind::Connections {
-            self.engine.adopt(index, socket.as_raw_fd())?;
-        }
-        self.slots[index] = Slot { in_flight: 1, socket: Some(socket), ..Slot::new() };
-        self.engine.connect(index, self.socket(index));
-        Ok(())
-    }
-
-    /// Sockets that stay have a place in the table; for others it would cost a syscall each.
-    fn socket(&self, index: usize) -> engine::Socket {
-        if self.arguments.kind != Kind::Connections {
-            return engine::Socket::Place(index);
-        }
-        let socket = self.slots[index].socket.as_ref();
-        engine::Socket::Descriptor(socket.map_or(-1, AsRawFd::as_raw_fd))
-    }
-
-    /// Connections that are open.
-    fn standing(&self) -> u64 {
-        self.slots.iter().filter(|slot| slot.stands).count() as u64
-    }
-
-    fn take(&mut self, event: Event) -> Result<()> {
-        let index = event.connection;
-        let slot = &mut self.slots[index];
-        slot.in_flight -= u32::from(!event.more);
-        if let Some(buffer) = event.buffer {
-            self.engine.recycle(buffer);
-        }
-        let failed = event.result < 0 || (event.kind == engine::Kind::Receive && event.result == 0);
-        if slot.closing {
-            return self.reopen(index);
-        }
-        if event.kind == engine::Kind::Receive && event.result == -libc::ENOBUFS {
-            self.listen(index);
-            return Ok(());
-        }
-        if failed {
-            self.errors += 1;
-            return self.end(index);
-        }
-        match event.kind {
-            engine::Kind::Connect => {
-                self.listen(index);
-                self.slots[index].stands = true;
-                if self.arguments.kind != Kind::Idle {
-                    self.ask(index);
-                }
-            }
-            engine::Kind::Receive => return self.received(index, event),
-            engine::Kind::Accept | engine::Kind::Close | engine::Kind::Send => {}
-        }
-        Ok(())
-    }
-
-    fn ask(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        slot.in_flight += 1;
-        slot.missing = self.arguments.size;
-        if self.arguments.kind == Kind::Pingpong {
-            slot.began = Instant::now();
-        }
-        self.engine.send_pattern(index, self.socket(index), self.arguments.size);
-    }
-
-    fn received(&mut self, index: usize, event: Event) -> Result<()> {
-        let bytes = usize::try_from(event.result).unwrap_or(0);
-        let slot = &mut self.slots[index];
-        self.bytes += if self.counting { bytes as u64 } else { 0 };
-        slot.missing = slot.missing.saturating_sub(bytes);
-        let is_whole = slot.missing == 0;
-        if !(event.more || is_whole && self.arguments.kind == Kind::Connections) {
-            self.listen(index);
-        }
-        if self.arguments.kind == Kind::Bulk || !is_whole {
-            return Ok(());
-        }
-        if self.counting {
-            self.done += 1;
-            let micros = self.slots[index].began.elapsed().as_micros();
-            self.latency.saturating_record(u64::try_from(micros).unwrap_or(u64::MAX));
-        }
-        if self.arguments.kind == Kind::Connections {
-            return self.end(index);
-        }
-        self.ask(index);
-        Ok(())
-    }
-
-    fn listen(&mut self, index: usize) {
-        self.slots[index].in_flight += 1;
-        let socket = self.socket(index);
-        if self.arguments.kind == Kind::Connections {
-            self.engine.receive_once(index, socket);
-        } else {
-            self.engine.receive(index, socket);
-        }
-    }
-
-    /// Ends a connection; the next one takes its place once nothing is in flight.
-    fn end(&mut self, index: usize) -> Result<()> {
-        let slot = &mut self.slots[index];
-        slot.closing = true;
-        slot.stands = false;
-        if let Some(socket) = slot.socket.as_ref().filter(|_| slot.in_flight > 0) {
-            // Wakes what is in flight, so that the socket can be closed for good.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
-        }
-        self.reopen(index)
-    }
-
-    fn reopen(&mut self, index: usize) -> Result<()> {
-        if self.slots[index].in_flight == 0 {
-            self.connect(index)?;
-        }
-        Ok(())
-    }
-
-    #[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
-    fn outcome(&self, took: Duration) -> Outcome {
-        let seconds = took.as_secs_f64();
-        let at = |quantile| self.latency.value_at_quantile(quantile);
-        Outcome {
-            bytes_per_second: self.bytes as f64 / seconds,
-            connections: self.arguments.connections,
-            errors: self.errors,
-            latency_us: Latency {
-                max: self.latency.max(),
-                p50: at(0.5),
-                p90: at(0.9),
-                p99: at(0.99),
-                p99_9: at(0.999),
-            },
-            per_second: self.done as f64 / seconds,
-            seconds,
-            size: self.arguments.size,
-            watched_bytes_per_connection: None,
-        }
+        outcome.watched = Some(watched);
+        Ok(outcome)
     }
 }

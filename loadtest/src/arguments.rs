@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::run::sizes::Sizes;
+use crate::{run, serve};
+
+/// Load test for TCP forwarders.
+#[derive(Debug, Parser)]
+#[command(name = "weir-loadtest", version, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// A plain forwarder to compare with
+    #[command(hide = true)]
+    Forward(Forward),
+    /// Put load on an address and print what came of it
+    Run(Box<Run>),
+    /// Be the server behind the forwarder, until ended
+    Serve(Serve),
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Serve {
+    /// Where to listen
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// What to do with a connection
+    #[arg(long, value_enum, default_value = "echo")]
+    pub(crate) kind: serve::Kind,
+    /// Bytes of the messages to expect (buffers are made for them), or of the body of an answer (`http`)
+    #[arg(long, default_value_t = 64 << 10)]
+    pub(crate) size: usize,
+    /// Congestion control of its sockets; the system's if not said
+    #[arg(long, value_name = "NAME")]
+    pub(crate) congestion: Option<String>,
+    /// Every word must carry its flow's seed and its position: a connection where one does not is
+    /// reset (`sink`), or is sent such words (`source`)
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Milliseconds before an answer (`echo`, `http`), as if it were work
+    #[arg(long, value_name = "MS", default_value = "0", value_parser = milliseconds)]
+    pub(crate) delay: Duration,
+    /// Bytes a second that a connection is read at (`slow`)
+    #[arg(long, value_name = "BYTES", default_value_t = 64 << 10)]
+    pub(crate) read_rate: u64,
+    #[command(flatten)]
+    pub(crate) place: Place,
+}
+
+/// Where and by what a load is made.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Place {
+    /// What moves the bytes
+    #[arg(long, value_enum, default_value = "ring")]
+    pub(crate) engine: Engine,
+    /// The only CPU to run on
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) cpu: Option<usize>,
+    /// The network namespace of its sockets
+    #[arg(long, value_name = "PATH")]
+    pub(crate) netns: Option<PathBuf>,
+}
+
+/// What moves the bytes of the generator.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Engine {
+    /// io_uring as it can be used: multishot, shared buffers, no descriptors
+    Ring,
+    /// The crate tokio-uring: a baseline
+    TokioUring,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Run {
+    /// The address to put load on
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: SocketAddr,
+    /// What to do
+    #[arg(long, value_enum, default_value = "pingpong")]
+    pub(crate) kind: run::Kind,
+    /// Connections at a time
+    #[arg(long, default_value_t = 64)]
+    pub(crate) connections: usize,
+    /// Bytes of a message; several by weight as `64*90,5000*9,256k*1`
+    #[arg(long, default_value = "64")]
+    pub(crate) size: Sizes,
+    /// Open loop: so many exchanges a second in total, and a latency counts from when its exchange
+    /// was due. Closed loop if not said: who has its answer asks again
+    #[arg(long, value_name = "PER_SECOND", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
+    /// Milliseconds between an answer and the next question of a connection (closed loop)
+    #[arg(long, value_name = "MS", default_value = "0", value_parser = milliseconds)]
+    pub(crate) think: Duration,
+    /// Exchanges after which a connection is closed and another takes its place; 0 for never
+    #[arg(long, value_name = "EXCHANGES", default_value_t = 0)]
+    pub(crate) churn: u32,
+    /// Seconds to measure
+    #[arg(long, default_value = "2", value_parser = seconds)]
+    pub(crate) duration: Duration,
+    /// Seconds before that which do not count, from when every connection stands
+    #[arg(long, default_value = "0.5", value_parser = seconds)]
+    pub(crate) warmup: Duration,
+    /// Seconds without an answer after which a connection is given up
+    #[arg(long, default_value = "10", value_parser = seconds)]
+    pub(crate) timeout: Duration,
+    /// Congestion control of its sockets; the system's if not said
+    #[arg(long, value_name = "NAME")]
+    pub(crate) congestion: Option<String>,
+    /// Every word carries its flow's seed and its position, and is checked when it comes back
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// The first seed of `--check`; connections count up from it
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// End connections with RST instead of FIN
+    #[arg(long)]
+    pub(crate) reset: bool,
+    /// Be the server too, in the same thread, which then never sleeps: nobody pays for waking it
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) serve: Option<SocketAddr>,
+    /// The network namespace of that server
+    #[arg(long, value_name = "PATH", requires = "serve")]
+    pub(crate) serve_netns: Option<PathBuf>,
+    /// The cgroup (a directory) to join before any socket is made
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup: Option<PathBuf>,
+    /// Tell what the load costs this process and its children
+    #[arg(long, value_name = "PID")]
+    pub(crate) watch_pid: Vec<u32>,
+    /// Tell what this weir counts, too: its admin socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) watch_socket: Option<PathBuf>,
+    /// How to print the outcome
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(crate) output: Output,
+    /// Exit with 99 unless this holds, as `p99<2ms`, `rate>10000`, `errors=0`; may be repeated
+    #[arg(long, value_name = "CONDITION")]
+    pub(crate) threshold: Vec<crate::threshold::Threshold>,
+    #[command(flatten)]
+    pub(crate) place: Place,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Output {
+    /// For programs
+    Json,
+    /// For people
+    Table,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Forward {
+    /// Where to listen
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// Where to forward to
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: SocketAddr,
+    /// By what
+    #[arg(long, value_enum)]
+    pub(crate) engine: crate::forward::Engine,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "must be seconds, as 0.5".to_owned())?;
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|span| *span <= Duration::from_secs(3600))
+        .ok_or_else(|| "must be from 0 to 3600 seconds".to_owned())
+}
+
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    let millis: f64 = text.parse().map_err(|_| "must be milliseconds, as 0.5".to_owned())?;
+    Duration::try_from_secs_f64(millis / 1000.0)
+        .ok()
+        .filter(|span| *span <= Duration::from_secs(60))
+        .ok_or_else(|| "must be from 0 to 60000 milliseconds".to_owned())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "must be a number, as 20000".to_owned())?;
+    let fits = (0.001..=10_000_000.0).contains(&rate);
+    if fits { Ok(rate) } else { Err("must be from 0.001 to 10000000".to_owned()) }
+}

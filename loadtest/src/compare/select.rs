@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is to be compared, from words: modes, relays, peers, workloads.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::run::Kind;
+
+/// Who or what forwards.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Way {
+    Direct,
+    /// weir as a plain forwarder.
+    Forward,
+    Inbound(&'static str),
+    Outbound(&'static str),
+    Peer(Peer),
+}
+
+/// Somebody else's forwarder, and two of our own that everybody would write first.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Peer {
+    Envoy,
+    Haproxy,
+    HaproxySplice,
+    Nginx,
+    Tokio,
+    TokioUring,
+}
+
+/// One row of the matrix.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Target {
+    /// The word for it, as `forward/copy`.
+    pub(crate) name: String,
+    /// Empty for what is not weir's.
+    pub(crate) relay: String,
+    pub(crate) way: Way,
+}
+
+/// One column of the matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Workload {
+    pub(crate) connections: usize,
+    pub(crate) kind: Kind,
+    pub(crate) name: String,
+    /// Exchanges a second of an open loop.
+    pub(crate) rate: Option<f64>,
+    pub(crate) reset: bool,
+}
+
+/// Rows and columns; whether a row was asked for by name, and must not be left out then.
+#[derive(Clone, Debug)]
+pub(crate) struct Selection {
+    pub(crate) is_explicit: bool,
+    pub(crate) targets: Vec<Target>,
+    pub(crate) workloads: Vec<Workload>,
+}
+
+/// Makes the matrix; without any word, the default one.
+pub(crate) fn select(
+    modes: &[String],
+    relays: &[String],
+    peers: &[String],
+    workloads: &[String],
+) -> Result<Selection> {
+    let is_explicit = !(modes.is_empty() && relays.is_empty() && peers.is_empty());
+    let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
+    let relays = listed("relay", relays, &RELAYS, &["auto"])?;
+    let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
+    let mut targets = Vec::new();
+    for (name, way) in modes {
+        if way == Way::Direct {
+            targets.push(Target { name: name.to_owned(), relay: String::new(), way });
+            continue;
+        }
+        targets.extend(relays.iter().map(|(relay, ())| Target {
+            name: format!("{name}/{relay}"),
+            relay: (*relay).to_owned(),
+            way,
+        }));
+    }
+    targets.extend(peers.into_iter().map(|(name, peer)| Target {
+        name: name.to_owned(),
+        relay: String::new(),
+        way: Way::Peer(peer),
+    }));
+    ensure!(!targets.is_empty(), "nothing to compare: name a mode or a peer");
+    let words = workloads.iter().map(String::as_str);
+    let words = if workloads.is_empty() { DEFAULT_WORKLOADS.to_vec() } else { words.collect() };
+    let workloads = words.into_iter().map(str::parse).collect::<Result<Vec<Workload>, _>>();
+    let workloads = workloads.map_err(anyhow::Error::msg)?;
+    Ok(Selection { is_explicit, targets, workloads })
+}
+
+/// The known ones of that name; `all` is all of them, `none` none.
+fn listed<T: Copy>(
+    what: &str,
+    words: &[String],
+    known: &[(&'static str, T)],
+    default: &[&str],
+) -> Result<Vec<(&'static str, T)>> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let words = if words.is_empty() { default.to_vec() } else { words };
+    let mut list: Vec<(&str, T)> = Vec::new();
+    for word in words {
+        match (word, known.iter().find(|(name, _)| *name == word)) {
+            ("all", _) => list.extend(known),
+            ("none", _) => {}
+            (_, Some(found)) => list.push(*found),
+            (_, None) => {
+                let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+                let hint = nearest(word, &names);
+                bail!("unknown {what} `{word}`{hint} (known: {}, all, none)", names.join(", "));
+            }
+        }
+    }
+    Ok(list)
+}
+
+/// ", did you mean X?", or nothing.
+pub(crate) fn nearest(word: &str, known: &[&str]) -> String {
+    let distance = |name: &&&str| strsim::damerau_levenshtein(word, name);
+    match known.iter().min_by_key(distance) {
+        Some(name) if distance(&name) <= 1 + name.len() / 3 => format!(", did you mean `{name}`?"),
+        _ => String::new(),
+    }
+}
+
+impl FromStr for Workload {
+    type Err = String;
+
+    /// `pingpong-64`, `connections-64`, `pingpong-64@20000` for an open loop.
+    fn from_str(text: &str) -> Result<Workload, String> {
+        let (place, rate) = text.split_once('@').map_or((text, None), |(a, b)| (a, Some(b)));
+        let (word, count) = place.rsplit_once('-').unwrap_or((place, ""));
+        let names = WORKLOADS.map(|(name, _)| name);
+        let Some((_, kind)) = WORKLOADS.iter().find(|(name, _)| *name == word) else {
+            let hint = nearest(word, &names);
+            let names = names.map(|name| format!("{name}-N")).join(", ");
+            return Err(format!("unknown workload `{text}`{hint} (known: {names}; as pingpong-64)"));
+        };
+        let connections = count.parse().ok().filter(|count| (1..=CONNECTIONS_MAX).contains(count));
+        let connections = connections.ok_or_else(|| {
+            format!("workload `{text}` must end with connections from 1 to {CONNECTIONS_MAX}, as {word}-64")
+        })?;
+        let rate = rate.map(|rate| rate.parse().ok().filter(|rate| *rate > 0.0));
+        if rate == Some(None) || rate.is_some() && !matches!(kind, Kind::Pingpong | Kind::Connections) {
+            return Err(format!("workload `{text}`: a rate is exchanges a second, as pingpong-64@20000"));
+        }
+        let reset = word == "connections-reset";
+        Ok(Workload { connections, kind: *kind, name: text.to_owned(), rate: rate.flatten(), reset })
+    }
+}
+
+impl Workload {
+    /// Messages, by weight: `mixed` is what a mesh carries, mostly small and some large.
+    pub(crate) fn sizes(&self) -> &'static str {
+        if self.name.starts_with("mixed") { "64*80,1000*15,16k*4,256k*1" } else { "64" }
+    }
+
+    /// Exchanges before a connection is replaced.
+    pub(crate) fn churn(&self) -> u32 {
+        if self.name.starts_with("mixed") { 100 } else { 0 }
+    }
+
+    /// What figures are given for each.
+    pub(crate) const fn unit(&self) -> &'static str {
+        match self.kind {
+            Kind::Bulk | Kind::Upload => "GB",
+            Kind::Connections | Kind::HalfClose => "connection",
+            Kind::Idle => "flow",
+            Kind::Http | Kind::Pingpong => "request",
+        }
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+const MODES: [(&str, Way); 7] = [
+    ("direct", Way::Direct),
+    ("forward", Way::Forward),
+    ("inbound-redirect", Way::Inbound("redirect")),
+    ("inbound-tproxy", Way::Inbound("tproxy")),
+    ("outbound-connect", Way::Outbound("connect")),
+    ("outbound-redirect", Way::Outbound("redirect")),
+    ("outbound-tproxy", Way::Outbound("tproxy")),
+];
+const RELAYS: [(&str, ()); 4] = [("auto", ()), ("copy", ()), ("sockmap", ()), ("splice", ())];
+const PEERS: [(&str, Peer); 6] = [
+    ("envoy", Peer::Envoy),
+    ("haproxy", Peer::Haproxy),
+    ("haproxy-splice", Peer::HaproxySplice),
+    ("nginx", Peer::Nginx),
+    ("tokio", Peer::Tokio),
+    ("tokio-uring", Peer::TokioUring),
+];
+const WORKLOADS: [(&str, Kind); 7] = [
+    ("bulk", Kind::Bulk),
+    ("connections", Kind::Connections),
+    ("connections-reset", Kind::Connections),
+    ("idle", Kind::Idle),
+    ("mixed", Kind::Pingpong),
+    ("pingpong", Kind::Pingpong),
+    ("upload", Kind::Upload),
+];
+const DEFAULT_MODES: [&str; 4] = ["direct", "forward", "inbound-tproxy", "outbound-connect"];
+const DEFAULT_PEERS: [&str; 1] = ["haproxy"];
+const DEFAULT_WORKLOADS: [&str; 6] =
+    ["pingpong-1", "pingpong-64", "pingpong-1000", "connections-64", "bulk-1", "idle-1000"];
+const CONNECTIONS_MAX: usize = 16_000;
+
+#[cfg(test)]
+mod tests {
+    use super::{Workload, select};
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn any_subset_can_be_named() {
+        let selection = select(&words("direct forward"), &words("copy splice"), &words("nginx"), &[]);
+        let names: Vec<String> =
+            selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect();
+        assert_eq!(names, ["direct", "forward/copy", "forward/splice", "nginx"]);
+    }
+
+    #[test]
+    fn what_is_not_known_is_said_with_what_was_meant() {
+        let refused = |modes: &str, peers: &str, workloads: &str| {
+            let selection = select(&words(modes), &[], &words(peers), &words(workloads));
+            selection.map_or_else(|error| error.to_string(), |_| String::new())
+        };
+        assert!(refused("", "haprxy", "").contains("did you mean `haproxy`?"));
+        assert!(refused("inbound-tproxi", "", "").contains("did you mean `inbound-tproxy`?"));
+        assert!(refused("", "", "pingpng-64").contains("did you mean `pingpong`?"));
+        assert!(refused("none", "none", "").contains("nothing to compare"));
+        for wrong in ["pingpong", "pingpong-0", "pingpong-99999", "bulk-1@5", "pingpong-1@x"] {
+            assert!(wrong.parse::<Workload>().is_err(), "{wrong}");
+        }
+        let open: Result<Workload, _> = "connections-reset-64@500".parse();
+        assert!(open.is_ok_and(|open| open.reset && open.rate == Some(500.0)));
+    }
+}
