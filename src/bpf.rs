@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The connect hook: eBPF programs that lead a workload's TCP connects to us.
+//! The connect hook: eBPF programs that lead a workload's TCP connects to us. The sockmap relay is
+//! in `sockmap`.
 //!
 //! `load` asks the kernel's verifier, `attach` begins to take traffic. Programs hang on links that
 //! only this process holds, never on pins: the kernel detaches them when we are gone. They stack
@@ -23,6 +24,8 @@ use crate::sys::cgroup::{self, CgroupError};
 use crate::sys::socket::netns_cookie;
 
 pub use records::{Losses, Records};
+
+pub mod sockmap;
 
 mod records;
 

@@ -144,7 +144,7 @@ fn links_of_the_docs_lead_somewhere() {
 /// Who may use whom; leaves are allowed to everybody above them.
 const LAYERS: [(&str, &[&str]); 17] = [
     ("addr", &[]),
-    ("bpf", &["sys", "addr"]),
+    ("bpf", &["op", "sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
     ("cli", &["capture", "control", "config", "log", "profile", "sys", "tune", "yaml"]),
     ("config", &["profile", "yaml", "addr"]),

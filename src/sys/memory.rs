@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Anonymous memory: pages that cost nothing until they are touched, and files without a name.
+//! Memory: pages that cost nothing until they are touched, pages shared with the kernel, and files
+//! without a name.
 #![expect(unsafe_code, reason = "mmap(2) gives a raw address")]
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// A private, zeroed, page-aligned mapping; unmapped on drop.
+/// A page-aligned mapping; unmapped on drop.
 #[derive(Debug)]
 pub struct Mapping {
     address: NonNull<u8>,
@@ -28,24 +29,29 @@ pub fn text_file(text: &str) -> io::Result<OwnedFd> {
 }
 
 impl Mapping {
-    /// Maps at least one page; pages are touched only by use.
+    /// Maps at least one page, private and zeroed; pages are touched only by use.
     ///
     /// # Errors
     ///
     /// `ENOMEM`: over a memory limit (mmap(2)).
     pub fn new(bytes: usize) -> io::Result<Mapping> {
+        Mapping::map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+    }
+
+    /// Maps the beginning of `file`, shared with all who have it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be mapped, or is shorter (mmap(2)).
+    pub fn shared(file: BorrowedFd<'_>, bytes: usize) -> io::Result<Mapping> {
+        Mapping::map(bytes, libc::MAP_SHARED, file.as_raw_fd())
+    }
+
+    fn map(bytes: usize, flags: i32, file: i32) -> io::Result<Mapping> {
         let bytes = bytes.max(1);
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice overlaps nothing.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, file, 0) };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -167,6 +167,26 @@ pub fn netns_cookie() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The number of a socket, as BPF programs see it; no other socket ever has it (`SO_COOKIE`,
+/// socket(7)).
+///
+/// # Errors
+///
+/// Not for a socket.
+pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    SockRef::from(&fd).cookie()
+}
+
+/// Has the kernel look again at what the socket has received: setting `SO_RCVLOWAT` reports bytes
+/// that wait (`tcp_set_rcvlowat` in net/ipv4/tcp_input.c), and reads none.
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn report_received(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &1_i32.to_ne_bytes())
+}
+
 /// A raw address as the kernel wrote it, canonical; `None` if it is of no IP family.
 #[must_use]
 pub fn address_of(raw: &libc::sockaddr_storage) -> Option<SocketAddr> {
