@@ -60,6 +60,8 @@ enum Verb {
     },
     /// Let a running weir finish its flows and end
     Drain(Ask),
+    /// List the endpoints of a running weir, and what is known about each
+    Endpoints(AskFor),
     /// List the flows of a running weir
     Flows(AskFor),
     /// Forward TCP connections, without a config file and without privilege
@@ -75,6 +77,8 @@ enum Verb {
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// List the services of a running weir
+    Services(AskFor),
     /// Ask a running weir how it is
     Status {
         #[command(flatten)]
@@ -235,10 +239,12 @@ pub fn run() -> Result<(), Failure> {
         }
         Verb::Demo { seconds } => demo::run(seconds),
         Verb::Drain(ask) => ask::drain(&ask.socket),
+        Verb::Endpoints(ask) => ask::endpoints(&ask.ask.socket, ask.output),
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Man { directory } => pages::man(&directory),
         Verb::Run { config } => run::run(&config),
+        Verb::Services(ask) => ask::services(&ask.ask.socket, ask.output),
         Verb::Status { ask, wait } => ask::status(&ask.ask.socket, ask.output, wait),
         Verb::Tune { verb } => tune::run(verb),
     }

@@ -12,10 +12,12 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 
 use crate::profile::Profile;
+use crate::service::{Endpoint, Manner};
 
 mod capture;
 mod claims;
 mod read;
+mod service;
 #[cfg(test)]
 mod tests;
 
@@ -56,23 +58,14 @@ pub struct Admin {
 /// A plain listener with fixed endpoints.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Forward {
-    /// How an endpoint is chosen.
-    pub balance: Balance,
     /// At least one.
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Vec<Endpoint>,
     /// Where to listen.
     pub listen: SocketAddr,
+    /// How an endpoint is chosen.
+    pub manner: Manner,
     /// Unique; in logs and tables.
     pub name: String,
-}
-
-/// How an endpoint is chosen.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Balance {
-    /// The one with the fewest open flows of this worker.
-    LeastFlows,
-    /// One after the other.
-    RoundRobin,
 }
 
 /// Capture of traffic to the workload.

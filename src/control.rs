@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use crate::capture::{CaptureError, Plan, Records};
+use crate::capture::{CaptureError, OWN_MARK, Plan, Records};
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::ring::Fallback;
@@ -23,12 +23,15 @@ use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
 use capturing::Capturing;
+use services::Services;
 
 mod admin;
 mod capturing;
 pub mod check;
+mod checks;
 pub mod client;
 mod exposition;
+mod services;
 pub mod shown;
 mod start;
 pub mod view;
@@ -134,6 +137,7 @@ struct Running {
     profile: Arc<Profile>,
     /// Of the connect hook, if there is one.
     records: Option<Arc<Records>>,
+    services: Arc<Services>,
     workers: Vec<Handle>,
 }
 
@@ -157,6 +161,8 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let prepared = capturing::plan(&config).map(Plan::prepare).transpose()?;
     let running = Arc::new(start::start(&config, prepared.as_ref())?);
     admin.serve(&running);
+    let mark = running.captures.then_some(OWN_MARK);
+    let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
     // Last of all: what is taken now must be served.
     let capturing = prepared.map(|prepared| Capturing::install(prepared, &running));
     let mut capturing = capturing.transpose()?;
@@ -176,6 +182,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let interrupted = running.until_over(&mut signals, capturing.as_mut()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    checks.abort();
     drop(capturing);
     drop(admin);
     let result = finish(running, interrupted);
@@ -219,6 +226,7 @@ impl Running {
                     self.drain(self.profile.timeouts.drain);
                 }
                 _ = tick.tick() => {
+                    self.services.tell(&self.workers);
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
                         self.ask_to_drain(); // One worker has failed: end the others.
                         self.drain(Duration::ZERO);

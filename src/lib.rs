@@ -19,6 +19,7 @@ pub mod worker;
 pub mod flow;
 pub mod op;
 pub mod ring;
+pub mod service;
 
 pub mod bpf;
 pub mod sys;

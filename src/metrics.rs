@@ -92,6 +92,8 @@ impl Origin {
 pub enum Denied {
     /// Dialled straight to a capture port.
     Direct,
+    /// The service has no endpoint that may be dialled.
+    NoEndpoint,
     /// The destination is one of our own ports: it would loop.
     OwnPort,
     /// Too many flows from one address.
@@ -104,8 +106,9 @@ pub enum Denied {
 
 impl Denied {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Denied; 5] = [
+    pub const ALL: [Denied; 6] = [
         Denied::Direct,
+        Denied::NoEndpoint,
         Denied::OwnPort,
         Denied::SourceLimit,
         Denied::SourcePorts,
@@ -117,6 +120,7 @@ impl Denied {
     pub const fn label(self) -> &'static str {
         match self {
             Denied::Direct => "direct",
+            Denied::NoEndpoint => "no_endpoint",
             Denied::OwnPort => "own_port",
             Denied::SourceLimit => "source_limit",
             Denied::SourcePorts => "source_ports",
@@ -140,6 +144,10 @@ pub struct Counters {
     pub completions_stale: Counter,
     /// Connections turned away, by reason.
     pub denied: [Counter; Denied::ALL.len()],
+    /// Connects that failed and were made again to another endpoint.
+    pub connects_retried: Counter,
+    /// Times an endpoint that could not be reached was put out of use.
+    pub endpoints_ejected: Counter,
     /// Flows open now.
     pub flows_active: Counter,
     /// Flows that ended, by reason.

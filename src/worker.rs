@@ -19,11 +19,12 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::capture::{OwnPorts, Records, SourcePorts};
-use crate::config::{Balance, ProxyProtocol};
+use crate::config::ProxyProtocol;
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::profile::Profile;
 use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError};
+use crate::service::{Balance, Picker, ServiceId, Tally, Update};
 use crate::sys::{process, socket};
 
 use accept::Listening;
@@ -60,6 +61,8 @@ pub struct Setup {
     pub own_ports: Arc<OwnPorts>,
     /// How fast and how big.
     pub profile: Arc<Profile>,
+    /// To begin with; more may come later.
+    pub services: Update,
     /// This worker's part of the process's limits.
     pub share: Share,
     /// For listeners whose upstreams see the client's address.
@@ -93,15 +96,15 @@ pub struct Listener {
 /// Where a listener's connections go.
 #[derive(Debug)]
 pub enum Route {
-    /// To one of these, at least one.
-    Endpoints {
-        /// How one is chosen.
-        balance: Balance,
-        /// At least one.
-        endpoints: Vec<SocketAddr>,
-    },
     /// To where the connect hook recorded that the connection meant to go.
     Recorded(Arc<Records>),
+    /// To an endpoint of this service.
+    Service {
+        /// As the service has it: some ways to choose must know who dialled.
+        balance: Balance,
+        /// Which.
+        id: ServiceId,
+    },
     /// To the accepted socket's own address (`getsockname`), as under tproxy.
     Socket {
         /// `InboundTproxy` or `OutboundTproxy`.
@@ -182,6 +185,21 @@ impl Handle {
     /// Asked again, the earlier end wins.
     pub fn drain(&self, within: Duration) {
         self.mailbox.send(Letter::Drain(within));
+    }
+
+    /// Asks what the worker knows about each endpoint; as `flows`.
+    #[must_use]
+    pub fn endpoints(&self) -> mpsc::Receiver<Vec<Tally>> {
+        let (to, from) = mpsc::channel();
+        self.mailbox.send(Letter::Endpoints(to));
+        from
+    }
+
+    /// Hands over a new table of services, and frees what the worker had before the last one.
+    /// False if its mailbox is full: it goes on with what it has.
+    pub fn update(&self, services: Update) -> bool {
+        self.mailbox.empty_waste();
+        self.mailbox.send(Letter::Services(services))
     }
 
     /// Asks for a list of the flows; it comes through the channel, or the channel closes. Never
@@ -301,6 +319,7 @@ impl Worker {
             .and_then(|()| Ring::open(ring::Setup { buffers, dial, flows_max, headers, ring }))
             .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
+        let services = Picker::new(std::mem::take(&mut setup.services), index);
         Ok(Worker {
             batch: Batch::new(),
             breaker: Breaker::new(),
@@ -312,6 +331,7 @@ impl Worker {
             segments: Segments::new(
                 profile.buffers.small_count + profile.buffers.bulk_count + headers,
             ),
+            services,
             slab: Slab::new(flows_max, listening.hands_out_slots()),
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),

@@ -9,12 +9,13 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use weir::capture::{OwnPorts, PortCounts, SourcePorts};
-use weir::config::{Balance, ProxyProtocol};
+use weir::config::ProxyProtocol;
 use weir::profile::Profile;
+use weir::service::{Balance, Directory, Endpoint, Manner, Update};
 use weir::sys::socket::{ListenOptions, listen, local_name};
 use weir::worker::{self, Handle, Listener, Route, Setup, Share};
 
@@ -27,7 +28,10 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
     let options = ListenOptions { backlog: 64, nodelay: true, ..ListenOptions::default() };
     let fd = listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
     let addr = local_name(fd.as_fd()).unwrap();
-    let route = Route::Endpoints { balance: Balance::LeastFlows, endpoints: vec![upstream] };
+    let mut services = Directory::default();
+    let (balance, endpoints) = (Balance::LeastFlows, vec![Endpoint::new(upstream)]);
+    let id = services.set("test", Manner::of(balance), endpoints, Instant::now());
+    let route = Route::Service { balance, id };
     let handle = worker::spawn(Setup {
         cpu: None,
         index: 0,
@@ -40,6 +44,7 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
         marks: None,
         own_ports: Arc::new(OwnPorts::default()),
         profile: Arc::new(Profile::default()),
+        services: Update::new(services.table(), None),
         share: Share { connects_pending_max: 64, flows_max: 500, flows_per_source_max },
         source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
     });

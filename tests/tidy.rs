@@ -146,9 +146,15 @@ const LAYERS: [(&str, &[&str]); 17] = [
     ("addr", &[]),
     ("bpf", &["op", "sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
-    ("cli", &["capture", "control", "config", "log", "profile", "sys", "tune", "yaml"]),
-    ("config", &["profile", "yaml", "addr"]),
-    ("control", &["worker", "capture", "config", "profile", "sys", "metrics", "op", "ring"]),
+    ("cli", &["capture", "control", "config", "log", "profile", "sys", "tune", "yaml", "service"]),
+    ("config", &["profile", "yaml", "addr", "service"]),
+    (
+        "control",
+        &[
+            "worker", "capture", "config", "profile", "sys", "metrics", "op", "ring", "service",
+            "addr",
+        ],
+    ),
     ("flow", &["op", "profile"]),
     ("log", &[]),
     ("metrics", &["op"]),
@@ -158,6 +164,12 @@ const LAYERS: [(&str, &[&str]); 17] = [
     ("service", &["addr"]),
     ("sys", &["addr"]),
     ("tune", &["profile"]),
-    ("worker", &["flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys"]),
+    (
+        "worker",
+        &[
+            "flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys",
+            "service",
+        ],
+    ),
     ("yaml", &[]),
 ];

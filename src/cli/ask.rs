@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The commands that talk to a running weir: `status`, `flows`, `drain`.
+//! The commands that talk to a running weir: `status`, `flows`, `services`, `endpoints`, `drain`.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Failure, Output, print};
 use crate::control::client::{Answer, ask};
-use crate::control::view::{FlowView, Status};
+use crate::control::view::{EndpointView, FlowView, ServiceView, Status};
 
 pub(super) fn status(socket: &Path, output: Output, wait: Option<u64>) -> Result<(), Failure> {
     let until = wait.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -34,6 +34,42 @@ pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
     }
     let flows: Vec<FlowView> = answer.json().map_err(failed)?;
     print(&table(&flows))
+}
+
+pub(super) fn services(socket: &Path, output: Output) -> Result<(), Failure> {
+    let answer = ask(socket, "GET", "/services").map_err(failed)?;
+    if output == Output::Json {
+        return print(&format!("{}\n", answer.text()));
+    }
+    let services: Vec<ServiceView> = answer.json().map_err(failed)?;
+    let mut table = format!(
+        "{:<40} {:<15} {:>9} {:>6} {:>8}\n",
+        "SERVICE", "BALANCE", "ENDPOINTS", "IN USE", "FLOWS"
+    );
+    for ServiceView { balance, endpoints, flows, in_use, name } in &services {
+        let _ = writeln!(table, "{name:<40} {balance:<15} {endpoints:>9} {in_use:>6} {flows:>8}");
+    }
+    print(&table)
+}
+
+pub(super) fn endpoints(socket: &Path, output: Output) -> Result<(), Failure> {
+    let answer = ask(socket, "GET", "/endpoints").map_err(failed)?;
+    if output == Output::Json {
+        return print(&format!("{}\n", answer.text()));
+    }
+    let endpoints: Vec<EndpointView> = answer.json().map_err(failed)?;
+    let mut table = format!(
+        "{:<40} {:<22} {:<10} {:>6} {:<9} {:>8}\n",
+        "SERVICE", "ENDPOINT", "ZONE", "WEIGHT", "STATE", "FLOWS"
+    );
+    for EndpointView { address, flows, service, state, weight, zone, .. } in &endpoints {
+        let zone = if zone.is_empty() { "-" } else { zone };
+        let _ = writeln!(
+            table,
+            "{service:<40} {address:<22} {zone:<10} {weight:>6} {state:<9} {flows:>8}"
+        );
+    }
+    print(&table)
 }
 
 /// Flows in rows, with a head.

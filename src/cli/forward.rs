@@ -2,7 +2,8 @@
 //! `weir forward`: a config with one plain listener, made from arguments.
 
 use super::{Failure, Forward, profile_of};
-use crate::config::{self, Admin, Balance, Config, OnExit, Workers};
+use crate::config::{self, Admin, Config, OnExit, Workers};
+use crate::service::{Balance, Endpoint, Manner};
 use crate::{control, log};
 
 pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
@@ -13,9 +14,9 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
     let config = Config {
         admin: Admin { http: arguments.http, socket: arguments.socket },
         forward: vec![config::Forward {
-            balance: Balance::RoundRobin,
-            endpoints: arguments.to,
+            endpoints: arguments.to.into_iter().map(Endpoint::new).collect(),
             listen: arguments.listen,
+            manner: Manner::of(Balance::RoundRobin),
             name: "forward".to_owned(),
         }],
         inbound: None,

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::claims::{ADDRESS, Claim, overlaps};
-use super::{Admin, Balance, Config, Forward, OnExit, Workers, capture};
+use super::{Admin, Config, Forward, OnExit, Workers, capture, service};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Place, Section, nearest, parsed};
 
@@ -146,12 +146,8 @@ fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Opt
     let mut section = Section::open(Some(item), path, mistakes);
     let name = section.parsed("name", "a word", mistakes);
     let listen = section.parsed::<SocketAddr>("listen", ADDRESS, mistakes);
-    let balance = section.word("balance", &BALANCE, mistakes).unwrap_or(Balance::RoundRobin);
-    let endpoints = section.list("endpoints").unwrap_or_default();
-    let endpoints: Vec<SocketAddr> = endpoints
-        .iter()
-        .filter_map(|node| parsed(node, &section.path("endpoints"), ADDRESS, mistakes))
-        .collect();
+    let manner = service::manner(&mut section, mistakes);
+    let endpoints = service::endpoints(&mut section, mistakes).unwrap_or_default();
     if endpoints.is_empty() {
         mistakes.add(section.place(), &section.path("endpoints"), "must name at least one address");
     }
@@ -164,7 +160,7 @@ fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Opt
     }
     section.finish(mistakes);
     let name = name.unwrap_or_else(|| format!("forward-{index}"));
-    Some(Forward { balance, endpoints, listen: listen?, name })
+    Some(Forward { endpoints, listen: listen?, manner, name })
 }
 
 fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes) -> Admin {
@@ -176,8 +172,6 @@ fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes)
 }
 
 const START: Place = Place { column: 1, line: 1 };
-const BALANCE: [(&str, Balance); 2] =
-    [("least_flows", Balance::LeastFlows), ("round_robin", Balance::RoundRobin)];
 const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];
 /// Where commands look too.
 const SOCKET: &str = "/run/weir/admin.sock";

@@ -2,6 +2,7 @@
 //! What a config may say, and what is said about one that is wrong.
 
 use super::*;
+use crate::service::Balance;
 
 fn mistakes(text: &str) -> Vec<String> {
     let shown = Config::parse("weir.yaml", None, text).unwrap_err().to_string();
@@ -15,9 +16,9 @@ fn what_is_not_said_has_a_default() {
     let expected = Config {
         admin: Admin { http: None, socket: Some("/run/weir/admin.sock".into()) },
         forward: vec![Forward {
-            balance: Balance::RoundRobin,
-            endpoints: vec!["[::1]:2".parse().unwrap()],
+            endpoints: vec![Endpoint::new("[::1]:2".parse().unwrap())],
             listen: "127.0.0.1:1".parse().unwrap(),
+            manner: Manner::of(Balance::RoundRobin),
             name: "forward-0".to_owned(),
         }],
         inbound: None,
@@ -43,6 +44,32 @@ fn every_mistake_is_shown_at_once_with_its_place() {
             "weir.yaml:5:21: forward[0].endpoint: unknown key; did you mean `endpoints`?",
             "weir.yaml:5:47: forward[0].endpoints: `1.2.3.4`: must be an address with port (`127.0.0.1:80` or `[::1]:80`)",
             "weir.yaml:6:1: admn: unknown key; did you mean `admin`?",
+        ]
+    );
+}
+
+#[test]
+fn endpoint_may_carry_weight_and_zone() {
+    let text = "forward:\n  - listen: \"127.0.0.1:1\"\n    balance: weighted\n    zone: a\n    check_interval_ms: 500\n    slow_start_ms: 2000\n    endpoints: [\"1.1.1.1:1\", { addr: \"[::1]:2\", weight: 0, zone: a }]\n";
+    let config = Config::parse("weir.yaml", None, text).unwrap();
+    let endpoints = vec![
+        Endpoint::new("1.1.1.1:1".parse().unwrap()),
+        Endpoint { weight: 0, zone: "a".into(), ..Endpoint::new("[::1]:2".parse().unwrap()) },
+    ];
+    let manner = Manner {
+        balance: Balance::Weighted,
+        check_interval: Some(std::time::Duration::from_millis(500)),
+        slow_start: std::time::Duration::from_secs(2),
+        zone: "a".into(),
+    };
+    assert_eq!((&config.forward[0].endpoints, &config.forward[0].manner), (&endpoints, &manner));
+    let text = "forward:\n  - listen: \"127.0.0.1:1\"\n    balance: fastest\n    endpoints: [{ weight: 1 }, { addr: \"1.1.1.1:1\", weight: -1 }]\n";
+    assert_eq!(
+        mistakes(text),
+        [
+            "weir.yaml:3:14: forward[0].balance: `fastest`: must be consistent_hash, least_flows, random_two, round_robin or weighted",
+            "weir.yaml:4:17: forward[0].endpoints.addr: is missing: must be an address with port (`127.0.0.1:80` or `[::1]:80`)",
+            "weir.yaml:4:61: forward[0].endpoints.weight: `-1`: must be a number from 0 to 10000",
         ]
     );
 }

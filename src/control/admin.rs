@@ -18,10 +18,10 @@ use axum::routing::{get, post};
 use tokio::net::unix::SocketAddr as UnixAddr;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
-use super::view::{FlowView, Status};
+use super::services::{endpoint_views, service_views};
+use super::view::{EndpointView, FlowView, Status};
 use super::{RunError, Running, exposition};
 use crate::config::Admin;
-use crate::worker::FlowRow;
 
 /// What was asked for, open and not served yet: whoever asks waits. First of all at a start, so
 /// that a second weir stops before it has done anything. Dropping it takes the file away.
@@ -100,10 +100,12 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 fn read_only() -> Router<Arc<Running>> {
     Router::new()
         .route("/config", get(config))
+        .route("/endpoints", get(endpoints))
         .route("/flows", get(flows))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/metrics", get(metrics))
         .route("/readyz", get(readyz))
+        .route("/services", get(services))
         .route("/status", get(status))
 }
 
@@ -177,13 +179,35 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
 }
 
+async fn endpoints(State(running): State<Arc<Running>>) -> impl IntoResponse {
+    let endpoints = endpoint_list(&running).await.ok_or(SILENT)?;
+    Ok::<_, Refusal>(axum::Json(endpoints))
+}
+
+async fn services(State(running): State<Arc<Running>>) -> impl IntoResponse {
+    let endpoints = endpoint_list(&running).await.ok_or(SILENT)?;
+    Ok::<_, Refusal>(axum::Json(service_views(&running.services.table(), &endpoints)))
+}
+
+async fn endpoint_list(running: &Running) -> Option<Vec<EndpointView>> {
+    let mut tallies = Vec::with_capacity(running.workers.len());
+    for worker in &running.workers {
+        match list(worker.endpoints()).await {
+            Some(list) => tallies.push(list),
+            None if worker.is_finished() => {}
+            None => return None,
+        }
+    }
+    Some(endpoint_views(&running.services.table(), &tallies))
+}
+
 async fn flows(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let mut views: Vec<FlowView> = Vec::new();
     for worker in &running.workers {
-        match rows(worker.flows()).await {
+        match list(worker.flows()).await {
             Some(rows) => views.extend(rows.into_iter().map(FlowView::from)),
             None if worker.is_finished() => {}
-            None => return Err((StatusCode::SERVICE_UNAVAILABLE, "a worker did not answer\n")),
+            None => return Err(SILENT),
         }
     }
     Ok(axum::Json(views))
@@ -195,7 +219,7 @@ async fn drain(State(running): State<Arc<Running>>) -> &'static str {
 }
 
 /// Waits for a worker's list without holding up the control thread.
-async fn rows(from: std::sync::mpsc::Receiver<Vec<FlowRow>>) -> Option<Vec<FlowRow>> {
+async fn list<T>(from: std::sync::mpsc::Receiver<Vec<T>>) -> Option<Vec<T>> {
     for _ in 0..ROWS_LOOKS_MAX {
         match from.try_recv() {
             Ok(rows) => return Some(rows),
@@ -206,6 +230,9 @@ async fn rows(from: std::sync::mpsc::Receiver<Vec<FlowRow>>) -> Option<Vec<FlowR
     None
 }
 
+type Refusal = (StatusCode, &'static str);
+
+const SILENT: Refusal = (StatusCode::SERVICE_UNAVAILABLE, "a worker did not answer\n");
 /// A worker answers within a turn, far below a millisecond.
 const ROWS_LOOK: Duration = Duration::from_millis(1);
 /// Two seconds in all.

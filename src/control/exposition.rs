@@ -92,6 +92,16 @@ impl Totals {
             "Completions of an earlier life of a slot, dropped",
             |c| &c.completions_stale,
         ));
+        families.push(single(
+            "connects_retried",
+            "Connects that failed and were made again to another endpoint",
+            |c| &c.connects_retried,
+        ));
+        families.push(single(
+            "endpoints_ejected",
+            "Times a worker put an endpoint that it could not reach out of use",
+            |c| &c.endpoints_ejected,
+        ));
         families.push(single("ring_enters", "io_uring_enter calls", |c| &c.ring_enters));
         families.push(single("ring_completions", "Completions handled", |c| &c.ring_completions));
         let active = sum.of(|c| &c.flows_active);

@@ -3,16 +3,17 @@
 //! JSON. Read again, it is the same config.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Balance, Config, Destinations, Forward, Inbound, InboundCapture, OnExit, Outbound,
-    OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
+    Config, Destinations, Forward, Inbound, InboundCapture, OnExit, Outbound, OutboundCapture,
+    ProxyProtocol, SourceAddress, Workers, Workload,
 };
+use crate::service::{Endpoint, Manner};
 
 pub use profile::profile;
 
@@ -101,16 +102,37 @@ fn outbound(outbound: &Outbound) -> Value {
 }
 
 fn forward(forward: &Forward) -> Value {
-    let endpoints: Vec<String> = forward.endpoints.iter().map(SocketAddr::to_string).collect();
-    json!({
+    let endpoints: Vec<Value> = forward.endpoints.iter().map(endpoint).collect();
+    let mut shown = json!({
         "name": forward.name,
         "listen": forward.listen.to_string(),
         "endpoints": endpoints,
-        "balance": match forward.balance {
-            Balance::LeastFlows => "least_flows",
-            Balance::RoundRobin => "round_robin",
-        },
-    })
+    });
+    manner(&forward.manner, &mut shown);
+    shown
+}
+
+/// Just the address where there is nothing else to say.
+fn endpoint(endpoint: &Endpoint) -> Value {
+    let Endpoint { addr, weight, zone, .. } = endpoint;
+    if *weight == Endpoint::WEIGHT && zone.is_empty() {
+        return addr.to_string().into();
+    }
+    let mut shown = json!({ "addr": addr.to_string(), "weight": weight });
+    if !zone.is_empty() {
+        shown["zone"] = json!(zone);
+    }
+    shown
+}
+
+fn manner(manner: &Manner, shown: &mut Value) {
+    shown["balance"] = manner.balance.word().into();
+    if !manner.zone.is_empty() {
+        shown["zone"] = json!(manner.zone);
+    }
+    let ms = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+    shown["check_interval_ms"] = manner.check_interval.map_or(0, ms).into();
+    shown["slow_start_ms"] = ms(manner.slow_start).into();
 }
 
 fn destinations(destinations: &Destinations) -> Value {
@@ -172,6 +194,13 @@ outbound:
   exclude: { cidrs: ["10.9.0.0/16"], ports: [22] }
 forward:
   - { name: db, listen: "127.0.0.1:1", endpoints: ["127.0.0.1:2"], balance: least_flows }
+  - name: web
+    listen: "127.0.0.1:4"
+    endpoints: ["127.0.0.1:2", { addr: "127.0.0.1:5", weight: 0, zone: a }]
+    balance: weighted
+    zone: a
+    check_interval_ms: 500
+    slow_start_ms: 2000
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;
 
@@ -200,15 +229,17 @@ admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
     }
 
     fn schema_keys(schema: &Value, path: &str, into: &mut BTreeSet<String>) {
+        let reference = schema["$ref"].as_str().and_then(|name| name.rsplit('/').next());
+        let root: Value = serde_json::from_str(crate::config::SCHEMA).unwrap();
+        let schema = reference.map_or(schema, |name| &root["$defs"][name]);
+        assert_ne!(schema["additionalProperties"].as_bool(), Some(true));
         for (key, value) in schema["properties"].as_object().into_iter().flatten() {
             let path = format!("{path}.{key}");
-            let reference = value["$ref"].as_str().and_then(|name| name.rsplit('/').next());
-            let root: Value = serde_json::from_str(crate::config::SCHEMA).unwrap();
-            let value = reference.map_or(value.clone(), |name| root["$defs"][name].clone());
-            assert_ne!(value["additionalProperties"].as_bool(), Some(true));
-            schema_keys(&value, &path, into);
-            schema_keys(&value["items"], &path, into);
+            schema_keys(value, &path, into);
             into.insert(path);
+        }
+        if !schema["items"].is_null() {
+            schema_keys(&schema["items"], path, into);
         }
     }
 

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::capturing;
+use super::services::Services;
 use super::{RunError, Running, shown};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
 use crate::config::{Config, ProxyProtocol, SourceAddress, Workers};
 use crate::metrics::Origin;
 use crate::profile::{Limits, Profile, RelayMode};
 use crate::ring::Marks;
+use crate::service::ServiceId;
 use crate::sys::process;
 use crate::sys::socket::{ListenError, ListenOptions, listen};
 use crate::worker::{self, Listener, Route, Setup, Share, Source};
@@ -32,7 +34,9 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
     let cpus = cpus(&config.workers)?;
     let share = share(&config.profile.limits, cpus.len());
     refuse_too_many_descriptors(config, share, cpus.len())?;
-    let mut sockets = open_listeners(config, records.as_ref(), cpus.len())?;
+    let services = Arc::new(Services::default());
+    let plain = services.enter(&config.forward);
+    let mut sockets = open_listeners(config, &plain, records.as_ref(), cpus.len())?;
     let profile = Arc::new(config.profile.clone());
     let port_counts = PortCounts::new();
     let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);
@@ -46,6 +50,7 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
             marks,
             own_ports: Arc::clone(&own_ports),
             profile: Arc::clone(&profile),
+            services: services.first_update(),
             share,
             source_ports: SourcePorts::new(Arc::clone(&port_counts), index, count),
         };
@@ -59,7 +64,7 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
     let bell = Notify::new();
     let config = shown::config(config);
-    Ok(Running { bell, captures, capturing, config, draining, profile, records, workers })
+    Ok(Running { bell, captures, capturing, config, draining, profile, records, services, workers })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
@@ -75,8 +80,9 @@ fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
 
 fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), RunError> {
     for forward in &config.forward {
-        if let Some(endpoint) = forward.endpoints.iter().find(|addr| own_ports.forbids(**addr)) {
-            return Err(RunError::Loop { endpoint: *endpoint, name: forward.name.clone() });
+        let mut addrs = forward.endpoints.iter().map(|endpoint| endpoint.addr);
+        if let Some(endpoint) = addrs.find(|addr| own_ports.forbids(*addr)) {
+            return Err(RunError::Loop { endpoint, name: forward.name.clone() });
         }
     }
     Ok(())
@@ -124,6 +130,7 @@ fn refuse_too_many_descriptors(
 /// For each worker its own socket of every listener.
 fn open_listeners(
     config: &Config,
+    services: &[ServiceId],
     records: Option<&Arc<Records>>,
     workers: usize,
 ) -> Result<Vec<Vec<Listener>>, RunError> {
@@ -137,10 +144,9 @@ fn open_listeners(
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     probe_ports(config, &options)?;
     for worker in &mut all {
-        for forward in &config.forward {
+        for (forward, id) in config.forward.iter().zip(services) {
             let fd = listen_patiently(forward.listen, &options)?;
-            let endpoints = forward.endpoints.clone();
-            let route = Route::Endpoints { balance: forward.balance, endpoints };
+            let route = Route::Service { balance: forward.manner.balance, id: *id };
             worker.push(Listener {
                 fd,
                 name: forward.name.as_str().into(),

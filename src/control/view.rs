@@ -28,6 +28,40 @@ pub struct Status {
     pub workers: usize,
 }
 
+/// An endpoint, as `/endpoints` lists it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct EndpointView {
+    /// What is dialled.
+    pub address: String,
+    /// Workers that do not use it just now, because they could not reach it.
+    pub ejected_by: usize,
+    /// Open, of all workers.
+    pub flows: u64,
+    /// Whose endpoint it is.
+    pub service: String,
+    /// `in_use`, `ejected` (by a worker), `unhealthy` (by active checks) or `drained` (weight 0).
+    pub state: String,
+    /// Its share of flows.
+    pub weight: u16,
+    /// Where it stands; empty if nobody said.
+    pub zone: String,
+}
+
+/// A service, as `/services` lists it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ServiceView {
+    /// How an endpoint is chosen.
+    pub balance: String,
+    /// How many it has.
+    pub endpoints: usize,
+    /// Open, of all endpoints.
+    pub flows: u64,
+    /// Endpoints that every worker uses.
+    pub in_use: usize,
+    /// Unique.
+    pub name: String,
+}
+
 /// A flow, as `/flows` lists it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct FlowView {

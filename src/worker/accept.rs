@@ -21,6 +21,7 @@ use crate::config::ProxyProtocol;
 use crate::metrics::{Denied, Origin};
 use crate::op::{FlowId, Kind, Segment, Side, Token};
 use crate::ring::{AcceptInto, Event};
+use crate::service::Balance;
 use crate::sys::socket;
 
 /// The listeners of one worker, and what decides whether they may accept.
@@ -38,11 +39,8 @@ pub(super) struct Listening {
 /// One listener.
 pub(super) struct State {
     accept: Accept,
-    /// Open flows by endpoint.
-    pub(super) endpoint_flows: Vec<u32>,
     /// Closed once nothing will be accepted any more.
     fd: Option<OwnedFd>,
-    pub(super) next_endpoint: usize,
     origin: Origin,
     /// Where it listens: who is accepted for this port was not captured.
     pub(super) port: u16,
@@ -187,7 +185,7 @@ impl Worker {
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
     fn serve_slot(&mut self, slot: FlowId, listener: u16) {
-        let Destination { endpoint, upstream, .. } = match self.endpoint(listener) {
+        let Destination { endpoint, upstream, .. } = match self.service_of(listener, 0) {
             Ok(destination) => destination,
             Err(denied) => {
                 self.count_denied(denied);
@@ -314,7 +312,6 @@ impl Listening {
     }
 
     pub(super) fn flow_ended(&mut self, peers: &Peers) {
-        self.unpick(peers.listener, peers.endpoint);
         let Some(downstream) = peers.downstream else { return };
         self.sources.leave(downstream.ip());
         if let Some(source) = peers.source {
@@ -345,36 +342,19 @@ impl Listening {
         let ones = self.states.iter().filter(|state| state.accept == Accept::One);
         u32::try_from(ones.count()).unwrap_or(u32::MAX)
     }
-
-    pub(super) fn unpick(&mut self, listener: u16, endpoint: u16) {
-        let state = self.states.get_mut(usize::from(listener));
-        let flows = state.and_then(|state| state.endpoint_flows.get_mut(usize::from(endpoint)));
-        if let Some(flows) = flows {
-            *flows -= 1;
-        }
-    }
 }
 
 impl State {
     fn new(listener: Listener, backlog: u32) -> State {
         let Listener { fd, proxy_protocol, route, .. } = listener;
-        let (origin, endpoints) = match &route {
-            Route::Endpoints { endpoints, .. } => (Origin::Forward, endpoints.len()),
-            Route::Recorded(_) => (Origin::OutboundConnect, 0),
-            Route::Socket { origin, .. } => (*origin, 0),
+        let origin = match &route {
+            Route::Recorded(_) => Origin::OutboundConnect,
+            Route::Service { .. } => Origin::Forward,
+            Route::Socket { origin, .. } => *origin,
         };
         let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());
-        State {
-            accept: Accept::Idle,
-            endpoint_flows: vec![0; endpoints],
-            fd: Some(fd),
-            next_endpoint: 0,
-            origin,
-            port,
-            proxy_protocol,
-            rest: backlog,
-            route,
-        }
+        let accept = Accept::Idle;
+        State { accept, fd: Some(fd), origin, port, proxy_protocol, rest: backlog, route }
     }
 
     /// Closing the socket makes the kernel refuse whoever comes later.
@@ -413,7 +393,10 @@ impl Sources {
 
 /// Slots where nobody needs to look at the socket; descriptors where its addresses decide.
 fn into(setup: &Setup) -> AcceptInto {
-    let plain = |listener: &Listener| matches!(listener.route, Route::Endpoints { .. });
+    let plain = |listener: &Listener| match listener.route {
+        Route::Service { balance, .. } => balance != Balance::ConsistentHash,
+        _ => false,
+    };
     if setup.share.flows_per_source_max == 0 && setup.listeners.iter().all(plain) {
         AcceptInto::Slots
     } else {

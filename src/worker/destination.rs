@@ -8,18 +8,18 @@ use std::os::fd::BorrowedFd;
 
 use super::accept::Listening;
 use super::breaker::Pair;
-use super::slab::Peers;
+use super::slab::{Entry, Peers};
 use super::turn::Worker;
 use super::{Route, Source};
 use crate::addr::{Downstream, OriginalDst};
-use crate::config::Balance;
 use crate::metrics::Denied;
-use crate::op::{Errno, FlowId, Kind, Side, Timer, Token};
+use crate::op::{CloseReason, Completion, Errno, FlowId, Kind, Side, Timer, Token};
+use crate::service::{EndpointId, Pick, key_of};
 use crate::sys::socket;
 
 /// Where an accepted connection goes.
 pub(super) struct Destination {
-    pub(super) endpoint: u16,
+    pub(super) endpoint: EndpointId,
     pub(super) original_dst: Option<SocketAddr>,
     pub(super) source: Option<SocketAddr>,
     pub(super) upstream: SocketAddr,
@@ -37,7 +37,9 @@ impl Worker {
             return Err(Denied::UnknownDestination);
         };
         let (dst, keeps) = match &state.route {
-            Route::Endpoints { .. } => return self.endpoint(listener),
+            Route::Service { .. } => {
+                return self.service_of(listener, key_of(downstream.addr().ip()));
+            }
             Route::Recorded(records) => (records.take(downstream), false),
             Route::Socket { source, .. } => {
                 (socket::local_name(fd).ok().map(OriginalDst::new), *source != Source::Own)
@@ -51,7 +53,12 @@ impl Worker {
         let from = keeps.then_some(downstream.addr());
         self.refuse_tripped(Pair { from: from.map(|from| from.ip()), to: dst })?;
         let source = from.map(|from| self.source_of(listener, from, dst)).transpose()?;
-        Ok(Destination { endpoint: 0, original_dst: Some(dst), source, upstream: dst })
+        Ok(Destination {
+            endpoint: EndpointId::NONE,
+            original_dst: Some(dst),
+            source,
+            upstream: dst,
+        })
     }
 
     /// The client's address, with a port that is free on both sides.
@@ -67,27 +74,46 @@ impl Worker {
         Ok(source)
     }
 
-    /// The next endpoint of a plain listener.
-    pub(super) fn endpoint(&mut self, listener: u16) -> Result<Destination, Denied> {
-        let chosen = self.listening.pick(listener).ok_or(Denied::UnknownDestination)?;
-        let destination = Destination {
-            endpoint: chosen.0,
-            original_dst: None,
-            source: None,
-            upstream: chosen.1,
+    /// The next endpoint of a listener's service, for a client whose address hashes to `key`.
+    pub(super) fn service_of(&mut self, listener: u16, key: u64) -> Result<Destination, Denied> {
+        let state = self.listening.states.get(usize::from(listener));
+        let Some(Route::Service { id, .. }) = state.map(|state| &state.route) else {
+            return Err(Denied::UnknownDestination);
         };
-        let tripped = self.refuse_tripped(Pair { from: None, to: destination.upstream });
-        tripped.inspect_err(|_| self.listening.unpick(listener, destination.endpoint))?;
-        Ok(destination)
+        let pick = self.services.pick(*id, key, self.clock.instant()).ok_or(Denied::NoEndpoint)?;
+        let Pick { addr, endpoint, .. } = pick;
+        let tripped = self.refuse_tripped(Pair { from: None, to: addr });
+        tripped.inspect_err(|_| self.services.ended(endpoint))?;
+        Ok(Destination { endpoint, original_dst: None, source: None, upstream: addr })
     }
 
     fn refuse_tripped(&self, pair: Pair) -> Result<(), Denied> {
         if self.breaker.refuses(pair, self.clock.now()) { Err(Denied::SourcePorts) } else { Ok(()) }
     }
 
-    /// Dials again from another port if the one chosen is still taken, as one that lingers in
-    /// TIME_WAIT is; false if the failure is the flow's to see.
-    pub(super) fn redial(&mut self, slot: FlowId, errno: Errno) -> bool {
+    /// Notes what became of a connect; dials again where that may help: from another port, or to
+    /// another endpoint. Not one byte has gone out yet. False if it is the flow's to see.
+    pub(super) fn is_redialled(&mut self, slot: FlowId, completion: Completion) -> bool {
+        match completion {
+            Completion::Connected(Ok(())) => {
+                if let Some(entry) = self.slab.entry(slot) {
+                    self.services.connected(entry.peers.endpoint);
+                }
+                false
+            }
+            Completion::Connected(Err(errno)) => {
+                self.is_redialled_from(slot, errno) || self.is_redialled_to(slot, errno)
+            }
+            Completion::Expired(Timer::Connect) => {
+                self.note_failure(slot);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// From another port if the one chosen is still taken, as one that lingers in TIME_WAIT is.
+    fn is_redialled_from(&mut self, slot: FlowId, errno: Errno) -> bool {
         let Some(entry) = self.slab.entry(slot) else { return false };
         let is_taken = matches!(errno.0, libc::EADDRINUSE | libc::EADDRNOTAVAIL);
         if !is_taken || entry.times.timer != Some(Timer::Connect) {
@@ -102,29 +128,57 @@ impl Worker {
             return false;
         };
         self.listening.source_ports.leave(old, upstream);
-        entry.redials += 1;
         entry.peers.source = Some(new);
+        self.redial(slot);
+        true
+    }
+
+    /// To another endpoint, unless none is in use.
+    fn is_redialled_to(&mut self, slot: FlowId, errno: Errno) -> bool {
+        let Some(entry) = self.slab.entry(slot) else { return false };
+        let (peers, may_redial) = (entry.peers, entry.may_redial());
+        let is_local = matches!(CloseReason::of_connect(errno), CloseReason::LocalLimit);
+        let state = self.listening.states.get(usize::from(peers.listener));
+        let Some(Route::Service { id, .. }) = state.map(|state| &state.route) else { return false };
+        if is_local || errno.0 == libc::ECANCELED {
+            return false;
+        }
+        let id = *id;
+        self.note_failure(slot);
+        if !may_redial {
+            return false;
+        }
+        let key = peers.downstream.map_or(0, |downstream| key_of(downstream.ip()));
+        let Some(pick) = self.services.pick(id, key, self.clock.instant()) else { return false };
+        if pick.is_last_resort {
+            self.services.ended(pick.endpoint);
+            return false;
+        }
+        self.services.ended(peers.endpoint);
+        let Some(entry) = self.slab.entry(slot) else { return false };
+        (entry.peers.endpoint, entry.peers.upstream) = (pick.endpoint, pick.addr);
+        self.counters.connects_retried.add(1);
+        self.redial(slot);
+        true
+    }
+
+    fn note_failure(&mut self, slot: FlowId) {
+        let Some(entry) = self.slab.entry(slot) else { return };
+        let is_news = self.services.failed(entry.peers.endpoint, self.clock.instant());
+        self.counters.endpoints_ejected.add(u64::from(is_news));
+    }
+
+    fn redial(&mut self, slot: FlowId) {
+        let Some(entry) = self.slab.entry(slot) else { return };
+        entry.redials += 1;
+        let Peers { source, upstream, .. } = entry.peers;
         let token = Token::new(Kind::Connect, slot, entry.generation);
         self.ring.close(slot, Side::Upstream, true);
-        self.ring.dial(token, upstream, Some(new));
-        true
+        self.ring.dial(token, upstream, source);
     }
 }
 
 impl Listening {
-    /// The next endpoint of a plain listener, counted.
-    fn pick(&mut self, listener: u16) -> Option<(u16, SocketAddr)> {
-        let state = self.states.get_mut(usize::from(listener))?;
-        let Route::Endpoints { balance, endpoints } = &state.route else { return None };
-        let chosen = match balance {
-            Balance::RoundRobin => state.next_endpoint % endpoints.len(),
-            Balance::LeastFlows => least(&state.endpoint_flows, state.next_endpoint)?,
-        };
-        state.next_endpoint = chosen + 1;
-        *state.endpoint_flows.get_mut(chosen)? += 1;
-        Some((u16::try_from(chosen).ok()?, *endpoints.get(chosen)?))
-    }
-
     /// An address of the client to dial from, if this listener's upstreams shall see the client.
     fn choose_source(
         &mut self,
@@ -141,12 +195,12 @@ impl Listening {
     }
 }
 
-/// The index of the smallest count; among equals the first from `start` on.
-fn least(counts: &[u32], start: usize) -> Option<usize> {
-    (0..counts.len())
-        .map(|step| (start + step) % counts.len())
-        .min_by_key(|index| counts.get(*index).copied())
+impl Entry {
+    /// It still waits for its upstream, and was not dialled too often.
+    fn may_redial(&self) -> bool {
+        self.times.timer == Some(Timer::Connect) && self.redials < REDIALS_MAX
+    }
 }
 
-/// Ports tried for one flow; each is a connect that fails at once.
+/// Ports or endpoints tried for one flow; its connect timer bounds the time.
 const REDIALS_MAX: u8 = 32;

@@ -11,14 +11,19 @@ use std::time::Duration;
 use crossbeam_queue::ArrayQueue;
 
 use super::FlowRow;
+use crate::service::{Tally, Update};
 
 /// What control can ask of a worker.
 #[derive(Debug)]
 pub(super) enum Letter {
     /// Stop accepting; reset what is left after this long.
     Drain(Duration),
+    /// Say what is known about each endpoint.
+    Endpoints(mpsc::Sender<Vec<Tally>>),
     /// List the flows.
     Flows(mpsc::Sender<Vec<FlowRow>>),
+    /// Go on with these services.
+    Services(Update),
 }
 
 /// Shared by a worker and its handle.
@@ -28,11 +33,14 @@ pub(super) struct Mailbox {
     pub(super) accepting: AtomicBool,
     bell: OwnedFd,
     letters: ArrayQueue<Letter>,
+    /// What the worker has no use for any more; the control thread frees it.
+    waste: ArrayQueue<Update>,
 }
 
 impl Mailbox {
     pub(super) fn new(bell: OwnedFd) -> Mailbox {
-        Mailbox { accepting: AtomicBool::new(false), bell, letters: ArrayQueue::new(LETTERS_MAX) }
+        let (letters, waste) = (ArrayQueue::new(LETTERS_MAX), ArrayQueue::new(WASTE_MAX));
+        Mailbox { accepting: AtomicBool::new(false), bell, letters, waste }
     }
 
     /// Puts a letter in and rings; false if the box is full.
@@ -46,6 +54,17 @@ impl Mailbox {
         self.letters.pop()
     }
 
+    /// From the worker: to be freed by somebody who has the time.
+    pub(super) fn throw_away(&self, old: Update) {
+        // There is room: control empties it before each letter. If not, it is freed here.
+        let _ = self.waste.push(old);
+    }
+
+    /// Frees what the worker has thrown away.
+    pub(super) fn empty_waste(&self) {
+        while self.waste.pop().is_some() {}
+    }
+
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
@@ -57,3 +76,5 @@ impl Mailbox {
 
 /// Letters that may wait; a worker reads them every turn.
 const LETTERS_MAX: usize = 16;
+/// All letters of a full box, and one more.
+const WASTE_MAX: usize = LETTERS_MAX + 1;

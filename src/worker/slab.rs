@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 
 use crate::flow::Flow;
 use crate::op::{FlowId, Side, Timer};
+use crate::service::EndpointId;
 
 /// Flows by slot.
 #[derive(Debug)]
@@ -37,8 +38,8 @@ pub(super) struct Entry {
 pub(super) struct Peers {
     /// `None` where nobody asked yet: a plain listener does not need it.
     pub(super) downstream: Option<SocketAddr>,
-    /// Index of the endpoint, for `Route::Endpoints`.
-    pub(super) endpoint: u16,
+    /// For `Route::Service`; nobody's otherwise.
+    pub(super) endpoint: EndpointId,
     /// Index of the listener.
     pub(super) listener: u16,
     pub(super) original_dst: Option<SocketAddr>,
@@ -176,7 +177,7 @@ mod tests {
     fn peers() -> Peers {
         Peers {
             downstream: None,
-            endpoint: 0,
+            endpoint: EndpointId::NONE,
             listener: 0,
             original_dst: None,
             source: None,

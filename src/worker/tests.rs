@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::capture::{PortCounts, SourcePorts};
 use crate::profile;
+use crate::service::{Directory, Endpoint, Manner};
 use crate::sys::socket::ListenOptions;
 
 /// A worker that forwards to `endpoints`; drained and joined by `end`.
 struct Forwarder {
     addr: SocketAddr,
     handle: Handle,
+    services: Directory,
 }
 
 impl Forwarder {
@@ -27,7 +29,11 @@ impl Forwarder {
         let options = ListenOptions { backlog: 1024, nodelay: true, ..ListenOptions::default() };
         let fd = socket::listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
         let addr = socket::local_name(fd.as_fd()).unwrap();
-        let route = Route::Endpoints { balance: Balance::RoundRobin, endpoints };
+        let endpoints = endpoints.into_iter().map(Endpoint::new).collect();
+        let mut services = Directory::default();
+        let manner = Manner::of(Balance::RoundRobin);
+        let id = services.set("test", manner, endpoints, Instant::now());
+        let route = Route::Service { balance: Balance::RoundRobin, id };
         let handle = spawn(Setup {
             cpu: None,
             index: 0,
@@ -40,11 +46,18 @@ impl Forwarder {
             marks: None,
             own_ports: Arc::default(),
             profile: Arc::new(profile),
+            services: Update::new(services.table(), None),
             share,
             source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
         })
         .unwrap();
-        Forwarder { addr, handle }
+        Forwarder { addr, handle, services }
+    }
+
+    fn move_to(&mut self, endpoints: Vec<Endpoint>) {
+        let last = self.services.table();
+        self.services.set("test", Manner::of(Balance::RoundRobin), endpoints, Instant::now());
+        assert!(self.handle.update(Update::new(self.services.table(), Some(&last))));
     }
 
     fn connect(&self) -> TcpStream {
@@ -229,6 +242,54 @@ fn refused_upstream_resets_the_downstream_and_is_counted() {
     let error = client.read(&mut [0; 1]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     forwarder.await_closed(CloseReason::ConnectRefused, 1);
+    forwarder.end();
+}
+
+#[test]
+fn endpoint_that_refuses_is_left_out_and_nobody_notices() {
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let forwarder = Forwarder::start(vec![nobody, server(echo), nobody], |_, _| {});
+    for _ in 0..20 {
+        let mut client = forwarder.connect();
+        client.write_all(b"hello").unwrap();
+        client.read_exact(&mut [0; 5]).unwrap();
+    }
+    forwarder.await_closed(CloseReason::Finished, 20);
+    let counters = forwarder.handle.counters();
+    assert_eq!(forwarder.closed(CloseReason::ConnectRefused), 0);
+    let (ejected, retried) =
+        (counters.endpoints_ejected.value(), counters.connects_retried.value());
+    assert!(ejected >= 1 && retried == ejected, "{ejected} ejected, {retried} retried");
+    forwarder.end();
+}
+
+#[test]
+fn service_that_moves_takes_new_flows_along_and_leaves_the_old_ones() {
+    let old = server(echo);
+    let mut forwarder = Forwarder::start(vec![old], |_, _| {});
+    let mut client = forwarder.connect();
+    client.write_all(b"before").unwrap();
+    client.read_exact(&mut [0; 6]).unwrap();
+    let new = server(|mut stream| stream.write_all(b"new").unwrap());
+    forwarder.move_to(vec![Endpoint::new(new)]);
+    let moved = || {
+        let mut text = Vec::new();
+        let mut client = forwarder.connect();
+        client.shutdown(Shutdown::Write).unwrap();
+        client.read_to_end(&mut text).unwrap();
+        text == b"new"
+    };
+    until(moved, "new flows go to the new endpoint");
+    client.write_all(b"after").unwrap();
+    client.read_exact(&mut [0; 5]).unwrap();
+    forwarder.move_to(Vec::new());
+    let denied = || {
+        // Refused on the way in, or reset.
+        let _ = forwarder.connect().read(&mut [0]);
+        forwarder.handle.counters().denied[crate::metrics::Denied::NoEndpoint as usize].value() > 0
+    };
+    until(denied, "nowhere to go is said");
+    drop(client);
     forwarder.end();
 }
 

@@ -21,6 +21,7 @@ use crate::op::{
 };
 use crate::profile::Timeouts;
 use crate::ring::{Batch, Event, Ring, RingError};
+use crate::service::Picker;
 
 /// Everything one worker owns.
 pub(super) struct Worker {
@@ -35,6 +36,7 @@ pub(super) struct Worker {
     pub(super) ring: Ring,
     pub(super) rules: Rules,
     pub(super) segments: Segments,
+    pub(super) services: Picker,
     pub(super) setup: Setup,
     pub(super) slab: Slab,
     /// Directions that wait for a small buffer, first come first served.
@@ -126,9 +128,7 @@ impl Worker {
 
     /// One completion for one flow.
     fn step(&mut self, slot: FlowId, completion: Completion) {
-        if let Completion::Connected(Err(errno)) = completion
-            && self.redial(slot, errno)
-        {
+        if self.is_redialled(slot, completion) {
             return;
         }
         let Some(entry) = self.slab.entry(slot) else { return };
@@ -203,6 +203,7 @@ impl Worker {
             if let Some(counter) = self.counters.flows_closed.get(reason as usize) {
                 counter.add(1);
             }
+            self.services.ended(peers.endpoint);
             return self.listening.flow_ended(&peers);
         }
         let timer = flow.timer();
@@ -265,9 +266,16 @@ impl Worker {
                     self.drain_until = Some(self.drain_until.map_or(until, |at| at.min(until)));
                     self.stop_listening();
                 }
+                Letter::Endpoints(to) => {
+                    // As with flows.
+                    let _ = to.send(self.services.tallies(self.clock.instant()));
+                }
                 Letter::Flows(to) => {
                     // Whoever asked may have stopped waiting: nothing is lost.
                     let _ = to.send(self.rows());
+                }
+                Letter::Services(update) => {
+                    self.mailbox.throw_away(self.services.swap(update));
                 }
             }
         }

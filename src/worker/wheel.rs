@@ -47,6 +47,11 @@ impl Clock {
         self.now
     }
 
+    /// The same as an instant, a tick behind at most.
+    pub(super) fn instant(&self) -> Instant {
+        self.began + Clock::span(self.now)
+    }
+
     /// Ticks that last at least as long as `span`.
     pub(super) fn ticks(span: Duration) -> u32 {
         let ticks = span.as_millis().div_ceil(u128::from(TICK_MS));

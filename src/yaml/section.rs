@@ -43,6 +43,12 @@ impl Section {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
+    /// Whether `key` is there and was not taken yet.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.entries.iter().any(|(name, ..)| name == key)
+    }
+
     /// The node under `key`, taken out.
     pub fn take(&mut self, key: &'static str) -> Option<Node> {
         self.asked.push(key);

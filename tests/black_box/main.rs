@@ -14,4 +14,5 @@ mod outbound;
 mod peers;
 mod proxy_protocol;
 mod ring;
+mod services;
 mod tune;

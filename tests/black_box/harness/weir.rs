@@ -95,6 +95,17 @@ impl Weir {
         serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
     }
 
+    /// What `weir endpoints` says: state and open flows of each address.
+    pub(crate) fn endpoints(&self) -> Vec<(String, String, u64)> {
+        let answer = self.ask("/endpoints").unwrap();
+        let list: Vec<serde_json::Value> =
+            serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        list.iter()
+            .map(|one| (text(&one["address"]), text(&one["state"]), one["flows"].as_u64().unwrap()))
+            .collect()
+    }
+
     /// The sum of the series of `name` that have all `labels` (`reason="finished"`).
     pub(crate) fn metric(&self, name: &str, labels: &[&str]) -> u64 {
         let answer = self.ask("/metrics").unwrap();

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a config says about a service: its endpoints, and how one of them is chosen.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::claims::ADDRESS;
+use crate::service::{Balance, Endpoint, Manner};
+use crate::yaml::{Kind, Mistakes, Node, Section, parsed};
+
+/// The keys that say how an endpoint is chosen.
+pub(super) fn manner(section: &mut Section, mistakes: &mut Mistakes) -> Manner {
+    let balance = section.word("balance", &Balance::WORDS, mistakes);
+    let zone = section.parsed::<String>("zone", "a word", mistakes).unwrap_or_default();
+    let check = section.number("check_interval_ms", 0..=CHECK_MS_MAX, mistakes).unwrap_or(0);
+    let slow_start = section.number("slow_start_ms", 0..=SLOW_START_MS_MAX, mistakes).unwrap_or(0);
+    Manner {
+        balance: balance.unwrap_or(Balance::RoundRobin),
+        check_interval: (check > 0).then(|| Duration::from_millis(check)),
+        slow_start: Duration::from_millis(slow_start),
+        zone: zone.into(),
+    }
+}
+
+/// The `endpoints` of a section; `None` if the key is not there.
+pub(super) fn endpoints(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<Endpoint>> {
+    let path = section.path("endpoints");
+    let nodes = section.list("endpoints")?;
+    Some(nodes.into_iter().filter_map(|node| endpoint(node, &path, mistakes)).collect())
+}
+
+/// An address, or a map of an address and what else there is to say about it.
+fn endpoint(node: Node, path: &str, mistakes: &mut Mistakes) -> Option<Endpoint> {
+    if !matches!(node.kind, Kind::Map(_)) {
+        return parsed(&node, path, ADDRESS, mistakes).map(Endpoint::new);
+    }
+    let place = node.place;
+    let mut section = Section::open(Some(node), path, mistakes);
+    let (addr_path, is_there) = (section.path("addr"), section.has("addr"));
+    let addr = section.parsed::<SocketAddr>("addr", ADDRESS, mistakes);
+    if !is_there {
+        mistakes.add(place, &addr_path, format!("is missing: must be {ADDRESS}"));
+    }
+    let weight = section.number("weight", 0..=Endpoint::WEIGHT_MAX, mistakes);
+    let zone = section.parsed::<String>("zone", "a word", mistakes).unwrap_or_default();
+    section.finish(mistakes);
+    let weight = weight.unwrap_or(Endpoint::WEIGHT);
+    Some(Endpoint { addr: addr?, started: None, weight, zone: zone.into() })
+}
+
+/// An hour: whoever wants to look less often wants no check.
+const CHECK_MS_MAX: u64 = 3_600_000;
+/// A day.
+const SLOW_START_MS_MAX: u64 = 86_400_000;

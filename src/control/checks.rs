@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Active checks: tries from the control thread whether endpoints accept connections.
+//!
+//! Each address is tried once an interval, however many services have it; at most so many at a
+//! time. What is found goes into the directory, and from there to the workers.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+
+use super::services::Services;
+use crate::service::Table;
+
+/// What was found at an address, and when to look again.
+struct Record {
+    /// Attempts in a row that contradict what is believed.
+    against: u8,
+    interval: Duration,
+    is_healthy: bool,
+    is_looking: bool,
+    next: Instant,
+}
+
+/// Looks until the end. `mark` keeps the checks from being captured.
+pub(super) async fn run(services: Arc<Services>, mark: Option<u32>) {
+    let mut records: HashMap<SocketAddr, Record> = HashMap::new();
+    let mut probes: JoinSet<(SocketAddr, bool)> = JoinSet::new();
+    let mut revision = 0;
+    loop {
+        let table = services.table();
+        if table.revision != revision {
+            revision = table.revision;
+            refresh(&mut records, &table);
+        }
+        let now = Instant::now();
+        let due = records.iter_mut().filter(|(_, record)| !record.is_looking && record.next <= now);
+        for (addr, record) in due.take(PROBES_MAX.saturating_sub(probes.len())) {
+            record.is_looking = true;
+            record.next = now + record.interval;
+            let (addr, within) = (*addr, record.interval.min(PROBE_WITHIN));
+            probes.spawn(async move { (addr, answers(addr, within, mark).await) });
+        }
+        let rest = if records.is_empty() { IDLE_LOOK } else { LOOK };
+        tokio::select! {
+            () = tokio::time::sleep(rest) => {}
+            Some(Ok((addr, is_healthy))) = probes.join_next() => {
+                let Some(record) = records.get_mut(&addr) else { continue };
+                if record.heard(is_healthy) {
+                    tracing::info!(%addr, is_healthy, "endpoint");
+                    services.change(|directory| {
+                        directory.set_health(addr, is_healthy, Instant::now())
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// The addresses of all services that want to be checked, each at its shortest interval.
+fn refresh(records: &mut HashMap<SocketAddr, Record>, table: &Table) {
+    let mut wanted: HashMap<SocketAddr, Duration> = HashMap::new();
+    for service in table.services() {
+        let Some(interval) = service.manner.check_interval else { continue };
+        for member in service.members() {
+            let shortest = wanted.entry(member.endpoint.addr).or_insert(interval);
+            *shortest = (*shortest).min(interval);
+        }
+    }
+    records.retain(|addr, _| wanted.contains_key(addr));
+    for (addr, interval) in wanted {
+        let new = || Record {
+            against: 0,
+            interval,
+            is_healthy: true,
+            is_looking: false,
+            next: Instant::now(),
+        };
+        records.entry(addr).or_insert_with(new).interval = interval;
+    }
+}
+
+impl Record {
+    /// Takes in one attempt; true if belief has changed.
+    fn heard(&mut self, is_healthy: bool) -> bool {
+        self.is_looking = false;
+        self.against = if is_healthy == self.is_healthy { 0 } else { self.against + 1 };
+        let is_turned = self.against >= TURNS_AFTER;
+        if is_turned {
+            (self.against, self.is_healthy) = (0, is_healthy);
+        }
+        is_turned
+    }
+}
+
+async fn answers(addr: SocketAddr, within: Duration, mark: Option<u32>) -> bool {
+    let connected = tokio::time::timeout(within, connect(addr, mark)).await;
+    matches!(connected, Ok(Ok(_)))
+}
+
+async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(mark) = mark {
+        socket2::SockRef::from(&socket).set_mark(mark)?;
+    }
+    socket.connect(addr).await
+}
+
+/// Attempts in a row that change what is believed.
+const TURNS_AFTER: u8 = 2;
+/// Attempts at a time.
+const PROBES_MAX: usize = 64;
+/// An endpoint on the same continent answers far sooner.
+const PROBE_WITHIN: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(20);
+const IDLE_LOOK: Duration = Duration::from_millis(500);

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Services: which endpoint gets a flow, and what happens when one dies.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::harness::{Net, Place, Weir, run, until};
+
+const LISTEN: &str = "10.98.1.1:7000";
+const SERVERS: [&str; 3] = ["10.98.2.2:7001", "10.98.2.2:7002", "10.98.2.2:7003"];
+
+/// A server that says its number and holds the connection until the client goes; dies with the
+/// returned process.
+fn provider(net: &Net, number: usize) -> std::process::Child {
+    let port = SERVERS[number].rsplit_once(':').unwrap().1;
+    let listen = format!("TCP4-LISTEN:{port},bind=10.98.2.2,reuseaddr,fork,backlog=1024");
+    let mut command = net.command(Place::Server, "socat");
+    let system = format!("SYSTEM:printf {number}; exec cat >/dev/null");
+    let child = command.args([&listen, &system]).spawn().unwrap();
+    until("the provider listens", || net.try_connect(Place::Server, SERVERS[number]).is_ok());
+    child
+}
+
+/// Which provider answers.
+fn ask(net: &Net) -> (TcpStream, char) {
+    let mut stream = net.connect(Place::Client, LISTEN);
+    let mut number = [0];
+    stream.read_exact(&mut number).unwrap();
+    (stream, char::from(number[0]))
+}
+
+fn state(weir: &Weir, server: &str) -> String {
+    weir.endpoints().into_iter().find(|(address, ..)| address == server).unwrap().1
+}
+
+/// A provider that is killed is out of use within a second, nobody sees its death but its own
+/// flows, and it is back in use soon after it is back.
+#[test]
+fn killed_provider_is_out_of_use_within_a_second() {
+    let net = Net::new();
+    let (mut dying, mut other) = (provider(&net, 0), provider(&net, 1));
+    let endpoints = format!("endpoints: [\"{}\", \"{}\"]", SERVERS[0], SERVERS[1]);
+    let config = format!("workers: 1\nforward: [{{ listen: \"{LISTEN}\", {endpoints} }}]");
+    let weir = Weir::run(&net, &config);
+    let answers: Vec<char> = (0..4).map(|_| ask(&net).1).collect();
+    assert_eq!(answers.iter().filter(|number| **number == '0').count(), 2, "{answers:?}");
+    dying.kill().unwrap();
+    dying.wait().unwrap();
+    let killed = Instant::now();
+    while state(&weir, SERVERS[0]) == "in_use" {
+        assert_eq!(ask(&net).1, '1', "nobody notices");
+        assert!(killed.elapsed() < Duration::from_secs(1), "it is out of use by now");
+    }
+    assert_eq!(state(&weir, SERVERS[0]), "ejected");
+    assert_eq!(weir.closed("connect_refused"), 0);
+    assert!(weir.metric("weir_connects_retried_total", &[]) >= 1);
+    let mut back = provider(&net, 0);
+    until("it is in use again", || ask(&net).1 == '0');
+    assert_eq!(state(&weir, SERVERS[0]), "in_use");
+    for child in [&mut back, &mut other] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    weir.end(&net);
+}
+
+/// Active checks find a dead endpoint although no flow was sent there, and find it again.
+#[test]
+fn checks_find_the_dead_before_a_flow_does() {
+    let net = Net::new();
+    let one = net.listen(Place::Server, SERVERS[0]);
+    let endpoints = format!("endpoints: [\"{}\", \"{}\"]", SERVERS[0], SERVERS[1]);
+    let config = format!(
+        "workers: 1\nforward: [{{ listen: \"{LISTEN}\", {endpoints}, check_interval_ms: 50 }}]"
+    );
+    let weir = Weir::run(&net, &config);
+    until("the dead one is found", || state(&weir, SERVERS[1]) == "unhealthy");
+    assert_eq!(state(&weir, SERVERS[0]), "in_use");
+    let other = net.listen(Place::Server, SERVERS[1]);
+    until("it is found again", || state(&weir, SERVERS[1]) == "in_use");
+    assert_eq!(weir.opened(), 0, "checks are no flows");
+    drop((one, other));
+    weir.end(&net);
+}
+
+/// Weights and drain by weight 0, with real connections; open flows are counted by endpoint.
+#[test]
+fn weights_share_connections_out() {
+    let net = Net::new();
+    let listeners: Vec<TcpListener> =
+        SERVERS.iter().map(|server| net.listen(Place::Server, server)).collect();
+    let endpoint = |number: usize, weight: u16| {
+        format!("{{ addr: \"{}\", weight: {weight} }}", SERVERS[number])
+    };
+    let endpoints = [endpoint(0, 300), endpoint(1, 100), endpoint(2, 0)].join(", ");
+    let forward =
+        format!("{{ listen: \"{LISTEN}\", balance: weighted, endpoints: [{endpoints}] }}");
+    let weir = Weir::run(&net, &format!("workers: 1\nforward: [{forward}]"));
+    let mut flows: Vec<TcpStream> = (0..400).map(|_| net.connect(Place::Client, LISTEN)).collect();
+    until("all are flows", || weir.active() == 400);
+    let counts = || weir.endpoints().into_iter().map(|(.., flows)| flows).collect::<Vec<_>>();
+    assert_eq!(counts(), [300, 100, 0]);
+    assert_eq!(state(&weir, SERVERS[2]), "drained");
+    let services = weir.ask("/services").unwrap();
+    assert!(services.contains("\"endpoints\":3,\"flows\":400,\"in_use\":2"), "{services}");
+    let socket = weir.socket();
+    let shown = |verb| run(&[crate::harness::weir(), verb, "--socket", socket.to_str().unwrap()]);
+    assert!(shown("endpoints").contains("300 in_use         300\n"), "{}", shown("endpoints"));
+    assert!(shown("services").contains("weighted                3      2      400\n"));
+    flows[0].write_all(b"x").unwrap();
+    flows.clear();
+    drop(listeners);
+    until("flows leave the count", || counts() == [0, 0, 0]);
+    weir.end(&net);
+}
+
+/// The same client reaches the same endpoint over any number of workers.
+#[test]
+fn consistent_hash_is_the_same_for_every_worker() {
+    let net = Net::new();
+    let listeners: Vec<TcpListener> =
+        SERVERS.iter().map(|server| net.listen(Place::Server, server)).collect();
+    let endpoints = SERVERS.map(|server| format!("\"{server}\"")).join(", ");
+    let forward =
+        format!("{{ listen: \"{LISTEN}\", balance: consistent_hash, endpoints: [{endpoints}] }}");
+    let weir = Weir::run(&net, &format!("workers: 2\nforward: [{forward}]"));
+    let flows: Vec<TcpStream> = (0..60).map(|_| net.connect(Place::Client, LISTEN)).collect();
+    until("all are flows", || weir.active() == 60);
+    let mut counts: Vec<u64> = weir.endpoints().into_iter().map(|(.., flows)| flows).collect();
+    counts.sort_unstable();
+    assert_eq!(counts, [0, 0, 60]);
+    drop((flows, listeners));
+    weir.end(&net);
+}
