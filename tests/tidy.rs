@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Every `.rs` file below `src`, `tests` and `loadtest`, with its text.
+/// Every `.rs` file of ours, with its text.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut files = Vec::new();
-    let mut open = vec![root().join("src"), root().join("tests"), root().join("loadtest")];
+    let mut open: Vec<_> =
+        ["benches", "loadtest", "src", "tests"].iter().map(|name| root().join(name)).collect();
     while let Some(directory) = open.pop() {
         for entry in fs::read_dir(&directory).unwrap() {
             let path = entry.unwrap().path();
