@@ -3,45 +3,51 @@
 //! in `sockmap`.
 //!
 //! `load` asks the kernel's verifier, `attach` begins to take traffic. Programs hang on links that
-//! only this process holds, never on pins: the kernel detaches them when we are gone. They stack
-//! with other people's programs in the same cgroup.
+//! only this process holds: the kernel detaches them when we are gone. For `on_exit: closed` those
+//! that redirect are pinned, stay, and refuse. They stack with other people's programs.
 
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
-use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, Map, MapData, MapError};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps};
+use aya::programs::{CgroupSockAddr, Program, ProgramError, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use ipnet::IpNet;
 
 use crate::sys::cgroup::{self, CgroupError};
 use crate::sys::socket::netns_cookie;
 
+use control::{Control, Mode, Pulse};
+use filters::FilterMaps;
+use links::Place;
+use pins::Pins;
+
+pub use filters::Filters;
+pub use neighbours::{Neighbour, neighbours};
+pub use pins::{PinError, Pinned};
 pub use records::{Losses, Records};
 
 pub mod sockmap;
 
+mod control;
+mod filters;
+mod links;
+mod neighbours;
+mod pins;
 mod records;
 
 /// What to take.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct HookPlan {
-    /// Whose connects; relative to the cgroup v2 mount.
-    pub cgroup: PathBuf,
-    /// Destinations to leave alone; wins over `include`.
-    pub exclude: Vec<IpNet>,
-    /// Destination ports to leave alone.
-    pub exclude_ports: Vec<RangeInclusive<u16>>,
-    /// Destinations to take; loopback is never taken.
-    pub include: Vec<IpNet>,
-    /// Destination ports to take.
-    pub include_ports: Vec<RangeInclusive<u16>>,
+    /// Whose connects; relative to the cgroup v2 mount, at least one.
+    pub cgroups: Vec<PathBuf>,
+    /// Connects are refused when we are gone, and not only while we drain.
+    pub closed: bool,
+    /// Which of their connects.
+    pub filters: Filters,
     /// Sockets with this mark, under the mask that follows, are ours.
     pub own_mark: u32,
     /// See `own_mark`.
@@ -52,13 +58,33 @@ pub struct HookPlan {
     pub records_max: u32,
 }
 
-/// Loaded programs, attached or not. Dropping it detaches them.
+/// Loaded programs, attached or not. Dropping it detaches them, unless the plan says `closed`.
 pub struct ConnectHook {
+    attached: Vec<Attached>,
     bpf: Ebpf,
-    /// To which the programs are attached.
-    cgroup: File,
-    path: PathBuf,
+    closed: bool,
+    control: Arc<Control>,
+    filters: FilterMaps,
+    namespace: u64,
+    paths: Vec<PathBuf>,
+    /// `None` until connects are taken.
+    pulse: Option<Pulse>,
     records: Arc<Records>,
+}
+
+/// The programs on one cgroup.
+struct Attached {
+    cgroup: File,
+    links: Vec<(&'static Part, OwnedFd)>,
+    path: PathBuf,
+}
+
+/// One program of the object.
+struct Part {
+    name: &'static str,
+    place: Place,
+    /// Connects go where it says.
+    redirects: bool,
 }
 
 /// Why there is no hook.
@@ -72,7 +98,7 @@ pub enum HookError {
     Built(&'static str),
     /// The kernel took no program or map.
     #[error(
-        "connect hook: load: {said} (needs CAP_BPF and CAP_NET_ADMIN, Linux 5.14 or newer with CONFIG_CGROUP_BPF)"
+        "connect hook: load: {said} (needs CAP_BPF and CAP_NET_ADMIN, Linux 6.1 or newer with CONFIG_CGROUP_BPF)"
     )]
     Load {
         /// In the kernel's words.
@@ -89,6 +115,9 @@ pub enum HookError {
     /// Our own network namespace has no number.
     #[error("connect hook: read SO_NETNS_COOKIE: {0} (Linux 5.14 or newer)")]
     Namespace(io::Error),
+    /// What shall outlive us.
+    #[error(transparent)]
+    Pin(#[from] PinError),
     /// A program was refused.
     #[error("connect hook: {step} {program}: {said} (needs CAP_BPF and CAP_NET_ADMIN)")]
     Program {
@@ -99,6 +128,14 @@ pub enum HookError {
         /// Load or attach.
         step: &'static str,
     },
+    /// The words that we share with the programs, or the thread that writes them.
+    #[error("connect hook: {step}: {source}")]
+    Pulse {
+        /// What the kernel said.
+        source: io::Error,
+        /// What was tried.
+        step: &'static str,
+    },
 }
 
 impl ConnectHook {
@@ -106,57 +143,95 @@ impl ConnectHook {
     ///
     /// # Errors
     ///
-    /// The cgroup is not there, or the kernel refuses a program.
+    /// A cgroup is not there, or the kernel refuses a program.
     pub fn load(plan: &HookPlan) -> Result<ConnectHook, HookError> {
-        let cgroup = cgroup::open(&plan.cgroup)?;
+        for path in &plan.cgroups {
+            cgroup::open(path)?;
+        }
+        if plan.closed {
+            Pins::open()?;
+        }
         let namespace = netns_cookie().map_err(HookError::Namespace)?;
-        let port = u32::from(plan.port);
+        let (port, mptcp) = (u32::from(plan.port), u32::from(Path::new(MPTCP).exists()));
         let mut bpf = EbpfLoader::new()
             .override_global("weir_netns", &namespace, true)
             .override_global("weir_mark", &plan.own_mark, true)
             .override_global("weir_mark_mask", &plan.own_mark_mask, true)
+            .override_global("weir_mptcp", &mptcp, true)
             .override_global("weir_port", &port, true)
             .map_max_entries("records", plan.records_max)
             .load(&Aligned::OBJECT.0)
             .map_err(load_error)?;
-        fill(&mut bpf, plan)?;
         // The programs take hold of their maps while they are loaded: no map may go before.
-        for (program, _) in PROGRAMS {
-            load_program(&mut bpf, program)?;
+        for part in PARTS {
+            load_program(&mut bpf, part.name)?;
         }
+        let control = control_of(&mut bpf)?;
+        control.set_mode(if plan.closed { Mode::Closed } else { Mode::Open });
+        let mut filters = FilterMaps::take(&mut bpf, Arc::clone(&control))?;
+        filters.update(&plan.filters)?;
         let records = records_of(&mut bpf)?;
         let losses = Array::try_from(taken(&mut bpf, "losses")?).map_err(map_error("losses"))?;
-        let (path, records) = (plan.cgroup.clone(), Arc::new(Records::new(records, losses)));
-        Ok(ConnectHook { bpf, cgroup, path, records })
+        Ok(ConnectHook {
+            attached: Vec::new(),
+            bpf,
+            closed: plan.closed,
+            control,
+            filters,
+            namespace,
+            paths: plan.cgroups.clone(),
+            pulse: None,
+            records: Arc::new(Records::new(records, losses)),
+        })
     }
 
-    /// Begins to take connects, and begins again with a cgroup that was made anew. What makes
-    /// records and names goes before what redirects.
+    /// Begins to take connects of every cgroup that is there and not taken yet: at first, and again
+    /// when one was made anew. What an earlier weir left pinned is taken over without a gap.
     ///
     /// # Errors
     ///
-    /// The kernel refuses to attach a program; those before it stay until the hook is dropped.
+    /// A cgroup is not there, or the kernel refuses a program; nothing new is pinned then.
     pub fn attach(&mut self) -> Result<(), HookError> {
-        self.cgroup = cgroup::open(&self.path)?;
-        PROGRAMS.iter().try_for_each(|(program, _)| self.attach_program(program))
-    }
-
-    /// The cgroup to which the programs are attached is still the one at its path.
-    #[must_use]
-    pub fn stands(&self) -> bool {
-        let inode = |file: &File| file.metadata().map(|metadata| metadata.ino()).ok();
-        cgroup::open(&self.path).is_ok_and(|now| inode(&now) == inode(&self.cgroup))
-    }
-
-    /// Takes no more connects; those taken keep the peer name that the application dialled.
-    pub fn stop(&mut self) {
-        for (program, redirects) in PROGRAMS {
-            let program = self.bpf.program_mut(program).filter(|_| *redirects);
-            if let Some(Program::CgroupSockAddr(program)) = program {
-                // Unloading drops its links; what is unloaded already has none.
-                let _ = program.unload();
+        if self.pulse.is_none() {
+            let failed = |source| HookError::Pulse { source, step: "start the pulse" };
+            self.pulse = Some(Pulse::start(&self.control).map_err(failed)?);
+        }
+        self.attached.retain(Attached::stands);
+        let mut result = Ok(());
+        for path in self.paths.clone() {
+            if self.attached.iter().all(|attached| attached.path != path) {
+                let attached = self.attach_to(&path);
+                result = result.and(attached.map(|attached| self.attached.push(attached)));
             }
         }
+        result.and_then(|()| self.settle())
+    }
+
+    /// Every cgroup at its path is the one to which the programs are attached.
+    #[must_use]
+    pub fn stands(&self) -> bool {
+        self.attached.len() == self.paths.len() && self.attached.iter().all(Attached::stands)
+    }
+
+    /// Takes no more connects; those taken keep the peer name that the application dialled. Under
+    /// `closed` more are refused.
+    pub fn stop(&mut self) {
+        if self.closed {
+            return self.control.set_mode(Mode::Refuse);
+        }
+        for attached in &mut self.attached {
+            attached.links.retain(|(part, _)| !part.redirects);
+        }
+    }
+
+    /// From now on connects meet these filters: there is no moment without any. Connections that
+    /// were taken already stay.
+    ///
+    /// # Errors
+    ///
+    /// They do not fit; the old ones stay in force.
+    pub fn update(&mut self, filters: &Filters) -> Result<(), HookError> {
+        self.filters.update(filters)
     }
 
     /// Where taken connects meant to go.
@@ -165,37 +240,126 @@ impl ConnectHook {
         Arc::clone(&self.records)
     }
 
-    fn attach_program(&mut self, name: &'static str) -> Result<(), HookError> {
-        let refused = |error: ProgramError| HookError::Program {
-            program: name,
-            said: root_cause(&error),
-            step: "attach",
+    /// What makes records and names goes before what redirects.
+    fn attach_to(&self, path: &Path) -> Result<Attached, HookError> {
+        let cgroup = cgroup::open(path)?;
+        let pins = Pins::find();
+        let number = number_of(&cgroup);
+        let mut attached = Attached { cgroup, links: Vec::new(), path: path.to_owned() };
+        for part in PARTS {
+            let refused = |source: io::Error| HookError::Program {
+                program: part.name,
+                said: source.to_string(),
+                step: "attach",
+            };
+            let program = self.program(part)?;
+            let place = pins.as_ref().zip(number).filter(|_| part.redirects);
+            let place = place.map(|(pins, number)| pins.place(self.namespace, number, part.name));
+            let left = place.zip(number).and_then(|(place, number)| pins::adopt(&place, number));
+            let link = match left {
+                Some(link) => links::update(link.as_fd(), program).map(|()| link),
+                None => links::create(program, attached.cgroup.as_fd(), part.place),
+            };
+            attached.links.push((part, link.map_err(refused)?));
+        }
+        Ok(attached)
+    }
+
+    /// Pins what shall stay, and removes what an earlier weir pinned for this network namespace and
+    /// what is not needed any more.
+    fn settle(&self) -> Result<(), HookError> {
+        let mut wanted = Vec::new();
+        if self.closed {
+            let pins = Pins::open()?;
+            for attached in &self.attached {
+                let Some(number) = number_of(&attached.cgroup) else { continue };
+                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
+                    let place = pins.place(self.namespace, number, part.name);
+                    if pins::adopt(&place, number).is_none() {
+                        pins::pin(link, &place)?;
+                    }
+                    wanted.push(place);
+                }
+            }
+        }
+        let Some(pins) = Pins::find() else { return Ok(()) };
+        let is_over =
+            |pinned: &Pinned| pinned.netns == self.namespace && !wanted.contains(&pinned.path);
+        for pinned in pins.list().into_iter().filter(is_over) {
+            pins::remove(&pinned.path)?;
+        }
+        if wanted.is_empty() {
+            pins.tidy();
+        }
+        Ok(())
+    }
+
+    fn program(&self, part: &Part) -> Result<BorrowedFd<'_>, HookError> {
+        let program = self.bpf.program(part.name).ok_or(HookError::Built(part.name))?;
+        let fd = match program {
+            Program::CgroupSockAddr(program) => program.fd(),
+            Program::SockOps(program) => program.fd(),
+            _ => return Err(HookError::Built(part.name)),
         };
-        let program = self.bpf.program_mut(name).ok_or(HookError::Built(name))?;
-        // Links always stack with others (`cgroup_bpf_link_attach` in kernel/bpf/cgroup.c).
-        let mode = CgroupAttachMode::Single;
-        if name == SOCKOPS {
-            let program: &mut SockOps = program.try_into().map_err(refused)?;
-            program.attach(&self.cgroup, mode).map(drop).map_err(refused)
-        } else {
-            let program: &mut CgroupSockAddr = program.try_into().map_err(refused)?;
-            program.attach(&self.cgroup, mode).map(drop).map_err(refused)
+        fd.map(AsFd::as_fd).map_err(|error| program_error(part.name, "attach", &error))
+    }
+}
+
+/// The pins that keep connects refused in this network namespace, or in all of them, without a
+/// weir.
+///
+/// # Errors
+///
+/// Our own network namespace has no number (Linux 5.14 or newer).
+pub fn pinned() -> Result<Vec<Pinned>, HookError> {
+    let namespace = netns_cookie().map_err(HookError::Namespace)?;
+    let all = Pins::find().map(|pins| pins.list()).unwrap_or_default();
+    Ok(all.into_iter().filter(|pinned| pinned.netns == namespace).collect())
+}
+
+/// Takes those pins away: connects go directly again.
+///
+/// # Errors
+///
+/// One cannot be removed.
+pub fn unpin() -> Result<(), HookError> {
+    for pinned in pinned()? {
+        pins::remove(&pinned.path)?;
+    }
+    if let Some(pins) = Pins::find() {
+        pins.tidy();
+    }
+    Ok(())
+}
+
+impl Attached {
+    fn stands(&self) -> bool {
+        cgroup::open(&self.path).is_ok_and(|now| number_of(&now) == number_of(&self.cgroup))
+    }
+}
+
+impl Drop for ConnectHook {
+    fn drop(&mut self) {
+        // What is pinned stays, and need not wait until it notices the silence.
+        if self.closed {
+            self.control.set_mode(Mode::Refuse);
         }
     }
 }
 
 impl std::fmt::Debug for ConnectHook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConnectHook").field("cgroup", &self.cgroup).finish_non_exhaustive()
+        f.debug_struct("ConnectHook").field("cgroups", &self.paths).finish_non_exhaustive()
     }
 }
 
+/// A cgroup's number, as programs see it, is the inode of its directory.
+fn number_of(cgroup: &File) -> Option<u64> {
+    cgroup.metadata().map(|metadata| metadata.ino()).ok()
+}
+
 fn load_program(bpf: &mut Ebpf, name: &'static str) -> Result<(), HookError> {
-    let refused = |error: ProgramError| HookError::Program {
-        program: name,
-        said: root_cause(&error),
-        step: "load",
-    };
+    let refused = |error: ProgramError| program_error(name, "load", &error);
     let program = bpf.program_mut(name).ok_or(HookError::Built(name))?;
     if name == SOCKOPS {
         let program: &mut SockOps = program.try_into().map_err(refused)?;
@@ -206,45 +370,12 @@ fn load_program(bpf: &mut Ebpf, name: &'static str) -> Result<(), HookError> {
     }
 }
 
-fn fill(bpf: &mut Ebpf, plan: &HookPlan) -> Result<(), HookError> {
-    fill_networks(bpf, "include_nets", &plan.include)?;
-    fill_networks(bpf, "exclude_nets", &plan.exclude)?;
-    let map = bpf.map_mut("ports").ok_or(HookError::Built("ports"))?;
-    let mut ports: Array<&mut MapData, u64> = Array::try_from(map).map_err(map_error("ports"))?;
-    let within = |ranges: &[RangeInclusive<u16>], port: u16| {
-        ranges.iter().any(|range| range.contains(&port))
+fn control_of(bpf: &mut Ebpf) -> Result<Arc<Control>, HookError> {
+    let Map::Array(map) = taken(bpf, "control")? else {
+        return Err(HookError::Built("map control of the right shape"));
     };
-    let is_taken =
-        |port: u16| within(&plan.include_ports, port) && !within(&plan.exclude_ports, port);
-    for word in 0..=PORT_WORD_LAST {
-        let bits = (0..64u16).filter(|bit| is_taken(word * 64 + bit));
-        let value = bits.fold(0u64, |value, bit| value | 1 << bit);
-        ports.set(u32::from(word), value, 0).map_err(map_error("ports"))?;
-    }
-    Ok(())
-}
-
-fn fill_networks(bpf: &mut Ebpf, name: &'static str, list: &[IpNet]) -> Result<(), HookError> {
-    let map = bpf.map_mut(name).ok_or(HookError::Built(name))?;
-    let mut trie: LpmTrie<&mut MapData, [u8; 20], u32> =
-        LpmTrie::try_from(map).map_err(map_error(name))?;
-    for network in list {
-        // `struct network` of shared.h after its prefix: family, address.
-        let mut whole = [0; 20];
-        match network.addr() {
-            IpAddr::V4(ip) => {
-                whole[..4].copy_from_slice(&4u32.to_ne_bytes());
-                whole[4..8].copy_from_slice(&ip.octets());
-            }
-            IpAddr::V6(ip) => {
-                whole[..4].copy_from_slice(&6u32.to_ne_bytes());
-                whole[4..].copy_from_slice(&ip.octets());
-            }
-        }
-        let key = Key::new(FAMILY_BITS + u32::from(network.prefix_len()), whole);
-        trie.insert(&key, 1, 0).map_err(map_error(name))?;
-    }
-    Ok(())
+    let failed = |source| HookError::Pulse { source, step: "share memory with the programs" };
+    Control::map(map.fd().as_fd()).map(Arc::new).map_err(failed)
 }
 
 fn records_of(bpf: &mut Ebpf) -> Result<MapData, HookError> {
@@ -266,6 +397,10 @@ fn taken(bpf: &mut Ebpf, name: &'static str) -> Result<Map, HookError> {
 
 fn map_error(map: &'static str) -> impl Fn(MapError) -> HookError {
     move |source| HookError::Map { map, source }
+}
+
+fn program_error(program: &'static str, step: &'static str, error: &ProgramError) -> HookError {
+    HookError::Program { program, said: root_cause(error), step }
 }
 
 fn load_error(error: EbpfError) -> HookError {
@@ -293,14 +428,12 @@ const OBJECT: &[u8; include_bytes!("bpf/prebuilt/connect.bpf.o").len()] =
     include_bytes!("bpf/prebuilt/connect.bpf.o");
 const SOCKOPS: &str = "weir_sockops";
 /// In the order in which they are attached; those that redirect come last.
-const PROGRAMS: &[(&str, bool)] = &[
-    ("weir_peer4", false),
-    ("weir_peer6", false),
-    (SOCKOPS, false),
-    ("weir_connect4", true),
-    ("weir_connect6", true),
+const PARTS: &[Part] = &[
+    Part { name: "weir_peer4", place: Place::Peer4, redirects: false },
+    Part { name: "weir_peer6", place: Place::Peer6, redirects: false },
+    Part { name: SOCKOPS, place: Place::Sockops, redirects: false },
+    Part { name: "weir_connect4", place: Place::Connect4, redirects: true },
+    Part { name: "weir_connect6", place: Place::Connect6, redirects: true },
 ];
-/// The family stands before the address.
-const FAMILY_BITS: u32 = 32;
-/// 65,536 ports, 64 to a word.
-const PORT_WORD_LAST: u16 = 1023;
+/// There where the kernel has MPTCP.
+const MPTCP: &str = "/proc/sys/net/mptcp/enabled";

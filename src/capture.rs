@@ -9,10 +9,10 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::bpf::{ConnectHook, HookError};
+use crate::bpf::{ConnectHook, HookError, neighbours};
 use crate::sys::cgroup::CgroupError;
 
-pub use crate::bpf::{HookPlan, Losses, Records};
+pub use crate::bpf::{Filters, HookPlan, Losses, Records};
 pub use own_ports::OwnPorts;
 pub use plan::{Inbound, Netfilter, Outbound, Plan, Way, Workload};
 pub use route::Step;
@@ -166,6 +166,27 @@ impl Capture {
         if let Some(table) = &mut self.table {
             table.stop_taking();
         }
+    }
+
+    /// Connects that a program of somebody else has led elsewhere after ours took them.
+    #[must_use]
+    pub fn overruled(&self) -> u64 {
+        self.hooks.iter().map(|hook| hook.records().losses().overruled).sum()
+    }
+
+    /// The programs that can have done it, by name and number; those that we may not see are left
+    /// out.
+    #[must_use]
+    pub fn overruling(&self) -> Vec<String> {
+        let cgroups = self.plan.hooks().flat_map(|hook| &hook.cgroups);
+        let all = cgroups.flat_map(|cgroup| neighbours(cgroup).unwrap_or_default());
+        let mut names: Vec<String> = all
+            .filter(|neighbour| neighbour.after)
+            .map(|neighbour| format!("{} (program {})", neighbour.name, neighbour.id))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 
     /// Puts back what somebody has taken away, and says what it was. `None`: nothing is missing.

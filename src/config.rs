@@ -170,8 +170,8 @@ pub enum OnExit {
 /// Whose outbound traffic is captured.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Workload {
-    /// Below this cgroup, given relative to the cgroup v2 mount.
-    Cgroup(PathBuf),
+    /// Below these cgroups, given relative to the cgroup v2 mount; at least one.
+    Cgroups(Vec<PathBuf>),
     /// Of this user id.
     Uid(u32),
 }

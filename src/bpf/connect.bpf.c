@@ -9,7 +9,7 @@
  * UDP, loopback destinations, other network namespaces, or weir's own sockets.
  *
  * A connection whose record could not be written reaches weir without one and is reset there: a
- * destination is never guessed.
+ * destination is never guessed. While weir is silent, connects pass or are refused, as it asked for.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -24,6 +24,9 @@
 #define PROTOCOL_TCP 6
 #define PROTOCOL_MPTCP 262
 #define V4_MAPPED bpf_htonl(0xffff)
+#define ECONNREFUSED 111
+#define EEXIST 17
+#define ENOBUFS 105
 
 /* States of a TCP socket, include/net/tcp_states.h. */
 #define STATE_ESTABLISHED 1
@@ -37,6 +40,7 @@ const volatile __u64 weir_cgroup = 0;   /* its tasks are left alone; 0 for none 
 const volatile __u64 weir_netns = 0;    /* cookie of the namespace in which weir listens */
 const volatile __u32 weir_mark = 0;     /* sockets with this mark ... */
 const volatile __u32 weir_mark_mask = 0; /* ... under this mask are weir's own; 0: none is */
+const volatile __u32 weir_mptcp = 0;    /* the kernel has MPTCP: 0 leaves its helper uncalled */
 const volatile __u32 weir_port = 0;     /* host order; weir listens on it on 127.0.0.1 and ::1 */
 
 /* Where the socket meant to go. Lives and dies with the socket. */
@@ -58,7 +62,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 65536);
 	__type(key, struct network);
 	__type(value, __u32);
 } include_nets SEC(".maps");
@@ -66,15 +70,15 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 65536);
 	__type(key, struct network);
 	__type(value, __u32);
 } exclude_nets SEC(".maps");
 
-/* One bit for each destination port: taken or not. */
+/* One bit for each destination port, taken or not: 1024 words for each set of filters. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1024);
+	__uint(max_entries, 2048);
 	__type(key, __u32);
 	__type(value, __u64);
 } ports SEC(".maps");
@@ -85,6 +89,14 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } losses SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+} control SEC(".maps");
 
 static __always_inline void count(__u32 loss)
 {
@@ -110,14 +122,14 @@ static __always_inline int is_loopback(const struct address *ip)
 	return !ip->word[0] && !ip->word[1] && !ip->word[2] && bpf_ntohl(ip->word[3]) <= 1;
 }
 
-static __always_inline int is_wanted(const struct address *ip, __u32 port)
+static __always_inline int is_wanted(__u32 set, const struct address *ip, __u32 port)
 {
-	struct network whole = { .prefix_bits = 32 + 128, .family = 6, .ip = *ip };
-	__u32 index = (port >> 6) & 1023;
+	struct network whole = { .prefix_bits = 64 + 128, .set = set, .family = 6, .ip = *ip };
+	__u32 index = ((set & 1) << 10) + ((port >> 6) & 1023);
 	__u64 *word = bpf_map_lookup_elem(&ports, &index);
 
 	if (is_v4(ip)) {
-		whole.prefix_bits = 32 + 32;
+		whole.prefix_bits = 64 + 32;
 		whole.family = 4;
 		whole.ip.word[0] = ip->word[3];
 	}
@@ -143,27 +155,78 @@ static __always_inline int is_out_of_reach(struct bpf_sock_addr *ctx)
 	return weir_cgroup && bpf_get_current_cgroup_id() == weir_cgroup;
 }
 
+/* The socket that the application holds, if `sk` is one of the subflows below an MPTCP socket: the
+ * application asks that one for its peer, but a subflow dials. */
+static __always_inline struct mptcp_sock *above(struct bpf_sock *sk)
+{
+	return weir_mptcp ? bpf_skc_to_mptcp_sock(sk) : 0;
+}
+
+/* An earlier connect of this socket may have failed. */
+static __always_inline void forget(struct bpf_sock *sk)
+{
+	struct mptcp_sock *whole = above(sk);
+
+	bpf_sk_storage_delete(&dialled, sk);
+	if (whole)
+		bpf_sk_storage_delete(&dialled, whole);
+}
+
+static __always_inline int remember(struct bpf_sock *sk, const struct address *ip, __u32 port)
+{
+	struct record *dst = bpf_sk_storage_get(&dialled, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	struct mptcp_sock *whole = above(sk);
+
+	if (!dst)
+		return 0;
+	dst->ip = *ip;
+	dst->port = port;
+	if (!whole)
+		return 1;
+	dst = bpf_sk_storage_get(&dialled, whole, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!dst)
+		return 0;
+	dst->ip = *ip;
+	dst->port = port;
+	return 1;
+}
+
 enum verdict { LEAVE, REDIRECT, REFUSE };
+
+/* What happens to a connect that is wanted. */
+static __always_inline enum verdict serve(struct control *now)
+{
+	__s64 silence = bpf_ktime_get_ns() - now->beat_ns;
+
+	if (now->mode != MODE_REFUSE && silence < SILENCE_NS)
+		return REDIRECT;
+	count(now->mode == MODE_OPEN ? LOSS_PASSED : LOSS_REFUSED);
+	return now->mode == MODE_OPEN ? LEAVE : REFUSE;
+}
 
 static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const struct address *ip)
 {
 	__u32 port = bpf_ntohs((__u16)ctx->user_port);
-	struct record *dst;
+	enum verdict verdict = LEAVE;
+	struct control *now;
+	__u32 first = 0;
 
 	if (is_out_of_reach(ctx))
 		return LEAVE;
-	if (is_loopback(ip) || !is_wanted(ip, port)) {
-		/* An earlier connect of this socket may have failed: forget it. */
-		bpf_sk_storage_delete(&dialled, ctx->sk);
-		return LEAVE;
+	now = bpf_map_lookup_elem(&control, &first);
+	if (now && !is_loopback(ip) && is_wanted(now->set, ip, port))
+		verdict = serve(now);
+	if (verdict != REDIRECT) {
+		forget(ctx->sk);
+		if (verdict == REFUSE)
+			bpf_set_retval(-ECONNREFUSED);
+		return verdict;
 	}
-	dst = bpf_sk_storage_get(&dialled, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!dst) {
+	if (!remember(ctx->sk, ip, port)) {
 		count(LOSS_STORAGE);
+		bpf_set_retval(-ENOBUFS);
 		return REFUSE;
 	}
-	dst->ip = *ip;
-	dst->port = port;
 	return REDIRECT;
 }
 
@@ -263,19 +326,38 @@ static __always_inline struct record_key key_of(struct bpf_sock_ops *ctx, int as
 	return key;
 }
 
+/* The connect goes where connect4/6 sent it: no program after them has led it elsewhere. */
+static __always_inline int is_ours(struct bpf_sock_ops *ctx, int as_v4)
+{
+	__u32 v4 = LOAD(ctx->remote_ip4);
+	__u32 a = LOAD(ctx->remote_ip6[0]);
+	__u32 b = LOAD(ctx->remote_ip6[1]);
+	__u32 c = LOAD(ctx->remote_ip6[2]);
+	__u32 d = LOAD(ctx->remote_ip6[3]);
+	__u32 port = LOAD(ctx->remote_port);
+
+	if (bpf_ntohl(port) != weir_port)
+		return 0;
+	return as_v4 ? v4 == bpf_htonl(0x7f000001) : !a && !b && !c && d == bpf_htonl(1);
+}
+
 static __always_inline void publish(struct bpf_sock_ops *ctx, struct record *dst)
 {
 	struct record_key key = key_of(ctx, is_v4(&dst->ip));
 	struct record value = *dst;
 	long error;
 
+	if (!is_ours(ctx, is_v4(&dst->ip))) {
+		count(LOSS_OVERRULED);
+		return;
+	}
 	value.cookie = bpf_get_socket_cookie(ctx);
 	dst->cookie = value.cookie;
 	error = bpf_map_update_elem(&records, &key, &value, BPF_NOEXIST);
 	if (!error) {
 		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
 						       BPF_SOCK_OPS_STATE_CB_FLAG);
-	} else if (error == -17 /* EEXIST */) {
+	} else if (error == -EEXIST) {
 		/* The connection before this one may still wait in weir's accept queue. Whose record
 		 * weir would find depends on timing: leave none. */
 		bpf_map_delete_elem(&records, &key);

@@ -16,13 +16,19 @@ pub struct Records {
     map: MapData,
 }
 
-/// Connections that were lost at the hook, by reason.
+/// Connects that were wanted and did not come to us whole, by reason.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Losses {
+    /// A later program of somebody else led the connect elsewhere.
+    pub overruled: u64,
+    /// We were silent: the connect went on untouched.
+    pub passed: u64,
     /// A source port was used again before its last record was taken: both are reset.
     pub record_clash: u64,
     /// More connections wait than there is room for records: reset at accept.
     pub records_full: u64,
+    /// We were silent, or took no more: the connect was refused.
+    pub refused: u64,
     /// No memory to remember the destination: the connect was refused.
     pub storage: u64,
 }
@@ -71,7 +77,14 @@ impl Records {
     pub fn losses(&self) -> Losses {
         // In the order of `enum loss` in shared.h. Reading an element that exists does not fail.
         let loss = |index| self.losses.get(&index, 0).unwrap_or_default();
-        Losses { records_full: loss(0), record_clash: loss(1), storage: loss(2) }
+        Losses {
+            overruled: loss(3),
+            passed: loss(4),
+            record_clash: loss(1),
+            records_full: loss(0),
+            refused: loss(5),
+            storage: loss(2),
+        }
     }
 
     /// Where the connection that came from `downstream` meant to go, and forgets it. `None`: nobody

@@ -5,6 +5,7 @@
 //! `table` owns what was installed.
 
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use super::plan::{Plan, Way, Workload};
@@ -64,17 +65,19 @@ fn leave_untracked(draft: &mut Draft, plan: &Plan) {
     }
 }
 
-/// The beginning of a rule that is for `workload` alone, with a space at its end if there is one.
-pub(super) fn matching(workload: Option<&Workload>) -> Result<String, CaptureError> {
-    Ok(match workload {
-        None => String::new(),
-        Some(Workload::Uid(uid)) => format!("meta skuid {uid} "),
-        Some(Workload::Cgroup(path)) => {
-            cgroup::open(path)?;
-            let (level, path) = cgroup::as_nft_wants_it(path)?;
-            format!("socket cgroupv2 level {level} \"{path}\" ")
-        }
-    })
+/// The beginnings of the rules that are for `workload` alone, each with a space at its end if there
+/// is anything to say.
+pub(super) fn matching(workload: Option<&Workload>) -> Result<Vec<String>, CaptureError> {
+    let below = |path: &PathBuf| {
+        cgroup::open(path)?;
+        let (level, path) = cgroup::as_nft_wants_it(path)?;
+        Ok(format!("socket cgroupv2 level {level} \"{path}\" "))
+    };
+    match workload {
+        None => Ok(vec![String::new()]),
+        Some(Workload::Uid(uid)) => Ok(vec![format!("meta skuid {uid} ")]),
+        Some(Workload::Cgroups(paths)) => paths.iter().map(below).collect(),
+    }
 }
 
 /// Whether the kernel would take it, without a change.

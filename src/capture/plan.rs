@@ -80,8 +80,8 @@ pub enum Way {
 /// Whose traffic.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Workload {
-    /// Below this cgroup, given relative to the cgroup v2 mount.
-    Cgroup(PathBuf),
+    /// Below these cgroups, given relative to the cgroup v2 mount.
+    Cgroups(Vec<PathBuf>),
     /// Of this user id.
     Uid(u32),
 }

@@ -37,11 +37,12 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     for (index, one) in list.iter().enumerate() {
         let chain = format!("outbound_redirect_{index}");
         draft.taking(&chain, taken(one, &format!("counter redirect to :{}", one.port)));
-        let whose = matching(one.workload.as_ref())?;
-        draft.rule(
-            Hook::OutputNat,
-            format!("meta l4proto tcp {whose}fib daddr type != local jump {chain}"),
-        );
+        for whose in matching(one.workload.as_ref())? {
+            draft.rule(
+                Hook::OutputNat,
+                format!("meta l4proto tcp {whose}fib daddr type != local jump {chain}"),
+            );
+        }
         count_rewritten(draft, one.port);
     }
     Ok(())

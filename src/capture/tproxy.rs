@@ -80,11 +80,14 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     for (index, one) in list.iter().enumerate() {
         let chain = format!("outbound_tproxy_{index}");
         draft.taking(&chain, taken(one, "goto take"));
-        let whose = matching(one.workload.as_ref())?;
-        draft.rule(
-            Hook::Output,
-            format!("tcp flags & (syn | ack) == syn {whose}fib daddr type != local jump {chain}"),
-        );
+        for whose in matching(one.workload.as_ref())? {
+            draft.rule(
+                Hook::Output,
+                format!(
+                    "tcp flags & (syn | ack) == syn {whose}fib daddr type != local jump {chain}"
+                ),
+            );
+        }
     }
     follow(draft, first);
     for (family, to) in [("ip", "127.0.0.1"), ("ip6", "[::1]")] {

@@ -60,7 +60,7 @@ pub(super) fn outbound(
         mistakes.add(place, "outbound.listen", text);
     }
     match workload {
-        Some(Workload::Cgroup(_)) => {}
+        Some(Workload::Cgroups(_)) => {}
         Some(Workload::Uid(_)) => {
             mistakes.add(place, "outbound.workload", "capture connect needs a cgroup, not a uid");
         }
@@ -92,17 +92,35 @@ fn source_ports(section: &mut Section, mistakes: &mut Mistakes) -> Option<RangeI
 fn workload(node: Option<Node>, mistakes: &mut Mistakes) -> Option<Workload> {
     let mut section = Section::open(Some(node?), "outbound.workload", mistakes);
     let place = section.place();
-    let cgroup = section.parsed::<PathBuf>("cgroup", "a path", mistakes);
+    let cgroups = cgroups(&mut section, mistakes);
     let uid = section.number("uid", 0..=u32::MAX - 1, mistakes);
     section.finish(mistakes);
-    match (cgroup, uid) {
+    match (cgroups, uid) {
         (Some(_), Some(_)) => {
             mistakes.add(place, "outbound.workload", "must be a cgroup or a uid, not both");
             None
         }
-        (Some(path), None) => Some(Workload::Cgroup(path)),
+        (Some(paths), None) => Some(Workload::Cgroups(paths)),
         (None, uid) => uid.map(Workload::Uid),
     }
+}
+
+/// One path, or a list of different ones.
+fn cgroups(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<PathBuf>> {
+    let (path, place) = (section.path("cgroup"), section.place());
+    let nodes = section.list("cgroup")?;
+    let mut paths: Vec<PathBuf> = Vec::with_capacity(nodes.len());
+    for node in &nodes {
+        let Some(cgroup) = parsed::<PathBuf>(node, &path, "a path", mistakes) else { continue };
+        if paths.contains(&cgroup) {
+            mistakes.add(node.place, &path, format!("{}is named twice", node.said()));
+        }
+        paths.push(cgroup);
+    }
+    if nodes.is_empty() {
+        mistakes.add(place, &path, "must name at least one cgroup");
+    }
+    Some(paths)
 }
 
 fn destinations(mut section: Section, all: bool, mistakes: &mut Mistakes) -> Destinations {

@@ -66,8 +66,8 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
         mistakes.add(node.place, "takeover", "is not in this version");
     }
     let captures = config.inbound.is_some() || config.outbound.is_some();
-    if captures && config.on_exit == OnExit::Closed {
-        let text = "closed is not in this version: captured traffic flows directly";
+    if config.inbound.is_some() && config.on_exit == OnExit::Closed {
+        let text = "closed is not in this version for inbound: captured traffic flows directly";
         mistakes.add(section.place(), "on_exit", text);
     }
     if !captures && config.forward.is_empty() && mistakes.is_empty() {

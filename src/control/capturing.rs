@@ -7,14 +7,19 @@ use std::time::{Duration, Instant};
 
 use super::Running;
 use crate::capture::{
-    self, Capture, CaptureError, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Plan, Prepared, Way,
+    self, Capture, CaptureError, Filters, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Plan, Prepared,
+    Way,
 };
-use crate::config::{Config, InboundCapture, Outbound, OutboundCapture, SourceAddress, Workload};
+use crate::config::{
+    Config, InboundCapture, OnExit, Outbound, OutboundCapture, SourceAddress, Workload,
+};
 
 /// Capture in place.
 pub(super) struct Capturing {
     capture: Capture,
     look_at: Instant,
+    /// Connects that others had led elsewhere when it was last said, and when that may be said again.
+    overruled: (u64, Instant),
 }
 
 /// The plan of a config; `None` if it captures nothing.
@@ -51,13 +56,11 @@ pub(super) fn own_ports(config: &Config) -> Vec<u16> {
 
 fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
     // The reader of the config has seen to it that there is one.
-    let Some(Workload::Cgroup(cgroup)) = &outbound.workload else { return None };
+    let Some(Workload::Cgroups(cgroups)) = &outbound.workload else { return None };
     Some(HookPlan {
-        cgroup: cgroup.clone(),
-        exclude: outbound.exclude.cidrs.clone(),
-        exclude_ports: outbound.exclude.ports.clone(),
-        include: outbound.include.cidrs.clone(),
-        include_ports: outbound.include.ports.clone(),
+        cgroups: cgroups.clone(),
+        closed: config.on_exit == OnExit::Closed,
+        filters: filters(outbound),
         own_mark: OWN_MARK,
         own_mark_mask: MARK_MASK,
         port: outbound.listen.port(),
@@ -77,10 +80,19 @@ fn netfilter(outbound: &Outbound, way: Way, config: &Config) -> capture::Outboun
         port: outbound.listen.port(),
         way,
         workload: outbound.workload.as_ref().map(|workload| match workload {
-            Workload::Cgroup(path) => capture::Workload::Cgroup(path.clone()),
+            Workload::Cgroups(paths) => capture::Workload::Cgroups(paths.clone()),
             Workload::Uid(uid) => capture::Workload::Uid(*uid),
         }),
     })
+}
+
+fn filters(outbound: &Outbound) -> Filters {
+    Filters {
+        exclude: outbound.exclude.cidrs.clone(),
+        exclude_ports: outbound.exclude.ports.clone(),
+        include: outbound.include.cidrs.clone(),
+        include_ports: outbound.include.ports.clone(),
+    }
 }
 
 impl Capturing {
@@ -92,7 +104,8 @@ impl Capturing {
         let capture = prepared.install()?;
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
-        Ok(Capturing { capture, look_at: Instant::now() })
+        let now = Instant::now();
+        Ok(Capturing { capture, look_at: now, overruled: (0, now) })
     }
 
     /// Takes no more connections.
@@ -107,6 +120,7 @@ impl Capturing {
             return;
         }
         self.look_at = Instant::now() + LOOK_EVERY;
+        self.watch_neighbours();
         let Some((what, mended)) = self.capture.mend() else {
             return running.capturing.store(true, Ordering::Release);
         };
@@ -121,7 +135,28 @@ impl Capturing {
     }
 }
 
+impl Capturing {
+    /// A program that runs after ours on the workload's connects has the last word.
+    fn watch_neighbours(&mut self) {
+        let (told, again_at) = self.overruled;
+        let count = self.capture.overruled();
+        if count == told || Instant::now() < again_at {
+            return;
+        }
+        self.overruled = (count, Instant::now() + TELL_EVERY);
+        let by = self.capture.overruling().join(", ");
+        let by = if by.is_empty() { "a program that is gone by now".to_owned() } else { by };
+        tracing::warn!(
+            count,
+            "connects that weir had taken were led elsewhere by {by} (`bpftool cgroup tree` shows \
+             where it is attached)"
+        );
+    }
+}
+
 /// Connections that may wait for a worker beside the flows: two accept queues, at least.
 const RECORDS_MIN: u32 = 16_384;
 /// A look costs two short-lived processes and a few syscalls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A workload can make it happen as often as it likes.
+const TELL_EVERY: Duration = Duration::from_mins(1);

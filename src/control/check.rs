@@ -9,7 +9,7 @@ use std::process::Command;
 use nix::sched::{CloneFlags, unshare};
 
 use super::capturing;
-use crate::capture::{HookPlan, Inbound, MARK_MASK, OWN_MARK, Outbound, Plan, Way};
+use crate::capture::{Filters, HookPlan, Inbound, MARK_MASK, OWN_MARK, Outbound, Plan, Way};
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::ring::{self, DialOptions, Features, Ring};
@@ -130,11 +130,9 @@ fn try_inbound() -> Result<(), String> {
 fn try_outbound() -> Result<(), String> {
     let scratch = ScratchCgroup::make()?;
     let hook = HookPlan {
-        cgroup: scratch.name.clone(),
-        exclude: vec![],
-        exclude_ports: vec![],
-        include: vec![],
-        include_ports: vec![ALL],
+        cgroups: vec![scratch.name.clone()],
+        closed: false,
+        filters: Filters { include_ports: vec![ALL], ..Filters::default() },
         own_mark: OWN_MARK,
         own_mark_mask: MARK_MASK,
         port: 15_001,

@@ -157,10 +157,17 @@ fn fallbacks(list: &[Fallback]) -> Family {
 }
 
 fn hook_losses(losses: Losses) -> Family {
-    let Losses { record_clash, records_full, storage } = losses;
-    let series = [("clash", record_clash), ("full", records_full), ("storage", storage)];
+    let Losses { overruled, passed, record_clash, records_full, refused, storage } = losses;
+    let series = [
+        ("clash", record_clash),
+        ("full", records_full),
+        ("overruled", overruled),
+        ("passed", passed),
+        ("refused", refused),
+        ("storage", storage),
+    ];
     let series = series.map(|(reason, count)| (vec![("reason", reason)], count));
-    let help = "Connects that the hook could not record";
+    let help = "Connects that the hook wanted and did not bring to weir";
     Family { help, name: "connect_unrecorded", series: series.into() }
 }
 

@@ -90,8 +90,11 @@ fn outbound(outbound: &Outbound) -> Value {
         "listen": outbound.listen.to_string(),
     });
     match &outbound.workload {
-        Some(Workload::Cgroup(path)) => {
-            shown["workload"] = json!({ "cgroup": path.display().to_string() });
+        Some(Workload::Cgroups(paths)) => {
+            let mut paths: Vec<Value> =
+                paths.iter().map(|path| path.display().to_string().into()).collect();
+            let only = if paths.len() == 1 { paths.pop() } else { None };
+            shown["workload"] = json!({ "cgroup": only.unwrap_or(paths.into()) });
         }
         Some(Workload::Uid(uid)) => shown["workload"] = json!({ "uid": uid }),
         None => {}

@@ -80,7 +80,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped exactly this range, and nobody unmaps it elsewhere.
+        // SAFETY: `map` mapped exactly this range, and nobody unmaps it elsewhere.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.bytes) };
     }
 }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The process and its threads: descriptors, CPUs, signals.
+//! The process and its threads: descriptors, CPUs, signals, time.
+#![expect(unsafe_code, reason = "membarrier(2) has no safe wrapper")]
 
 use std::io;
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 /// Raises the soft limit of descriptors to the hard one and says what it is now.
@@ -44,4 +46,21 @@ pub fn pin_thread(cpu: usize) -> bool {
 /// Never on Linux.
 pub fn block_signals() -> io::Result<()> {
     Ok(SigSet::all().thread_block()?)
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, the clock of `bpf_ktime_get_ns`.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    // The clock is always there (clock_gettime(2)), and never negative.
+    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
+    let seconds = u64::try_from(now.tv_sec()).unwrap_or_default();
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or_default()
+}
+
+/// Returns when every BPF program that runs now has ended: membarrier(2) waits for an RCU grace
+/// period. False where the kernel does not do that (CPUs without a tick).
+#[must_use]
+pub fn wait_for_programs() -> bool {
+    // SAFETY: the command takes numbers only.
+    unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 }
 }

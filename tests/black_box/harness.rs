@@ -3,11 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+pub(crate) use self::bpffs::Bpffs;
 pub(crate) use self::net::{Cgroup, Net, Place, run, said};
 pub(crate) use self::program::Program;
 pub(crate) use self::weir::{Weir, config_file, weir};
 pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, receive, send};
 
+mod bpffs;
 mod net;
 mod program;
 mod weir;

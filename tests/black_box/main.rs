@@ -7,6 +7,7 @@
 
 mod copy;
 mod harness;
+mod hook;
 mod inbound;
 mod life;
 mod limits;

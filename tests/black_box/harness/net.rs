@@ -185,6 +185,13 @@ impl Cgroup {
         Cgroup { path, directory }
     }
 
+    /// An empty one below it; it must go first.
+    pub(crate) fn inner(&self) -> Cgroup {
+        let directory = self.directory.join("inner");
+        fs::create_dir(&directory).unwrap();
+        Cgroup { path: format!("{}/inner", self.path), directory }
+    }
+
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
@@ -256,6 +263,7 @@ fn sweep() {
     }
     for entry in entries(mount()) {
         if is_dead(&entry.file_name().to_string_lossy()) {
+            let _ = fs::remove_dir(entry.path().join("inner"));
             let _ = fs::remove_dir(entry.path());
         }
     }

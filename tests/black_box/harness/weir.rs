@@ -54,9 +54,13 @@ impl Weir {
 
     /// `weir run` in the node with this config, ready and with its capture in place.
     pub(crate) fn run(net: &Net, config: &str) -> Weir {
+        Weir::run_as(net.command(Place::Node, weir()), config)
+    }
+
+    /// As `run`, by a command that starts the program under test.
+    pub(crate) fn run_as(mut command: Command, config: &str) -> Weir {
         let place = TempDir::new().unwrap();
         let file = config_file(&place, config);
-        let mut command = net.command(Place::Node, weir());
         command.args(["run", "-c"]).arg(file);
         Weir::spawned(command, place)
     }
