@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 
 use crate::harness::{
-    Net, Place, Random, Weir, check, echo, expect_eof, expect_reset, receive, run, send, until,
+    Net, Place, Random, Weir, check, echo, expect_eof, expect_reset, receive, rounds, run, send,
+    until,
 };
 
 const LISTEN: &str = "10.98.1.1:7000";
@@ -149,16 +150,41 @@ impl Write for Counted<'_> {
     }
 }
 
-/// RL4, IO4: a reset of either end arrives at the other end as a reset, wherever it happens.
+/// RL4, IO4: a reset of either end arrives at the other end as a reset, wherever it happens, and
+/// both sockets are gone.
 #[test]
 fn reset_of_one_end_resets_the_other() {
-    let rig = Rig::new();
-    let mut random = Random::new(4);
-    for round in 0..300 {
-        let (client, server) = rig.pair();
+    let rounds = rounds(5_000, 50_000);
+    let net = Net::new();
+    let doors = [(LISTEN, SERVER), ("[fd98:1::1]:7000", "[fd98:2::2]:7001")];
+    let config = doors.map(|(listen, to)| {
+        format!("{{ name: \"{to}\", listen: \"{listen}\", endpoints: [\"{to}\"] }}")
+    });
+    let weir = Weir::run(&net, &format!("workers: 2\nforward: [{}]", config.join(", ")));
+    scope(|scope| {
+        for (seed, (listen, to)) in (0..).zip(doors) {
+            let (net, listener) = (&net, net.listen(Place::Server, to));
+            scope.spawn(move || reset_often(net, listen, &listener, seed, rounds));
+        }
+    });
+    // An upstream may reset before weir has looked at its answer.
+    let reasons = ["connect_failed", "downstream_reset", "upstream_reset"];
+    let resets = || reasons.map(|reason| weir.closed(reason)).iter().sum::<u64>();
+    until("every reset is counted", || resets() == rounds * 2);
+    until("no socket is left", || net.sockets().is_empty());
+    weir.end(&net);
+}
+
+fn reset_often(net: &Net, listen: &str, listener: &TcpListener, seed: u64, rounds: u64) {
+    let mut random = Random::new(seed);
+    for round in 0..rounds {
+        let client = net.connect(Place::Client, listen);
+        let (server, _) = listener.accept().unwrap();
+        server.set_read_timeout(Some(crate::harness::PATIENCE)).unwrap();
         let (mut sender, mut other) =
             if round % 2 == 0 { (client, server) } else { (server, client) };
-        let before = random.below(200_000);
+        // Mostly within a segment or two, now and then deep in a stream.
+        let before = random.below(if round % 16 == 0 { 200_000 } else { 5_000 });
         scope(|scope| {
             scope.spawn(|| {
                 send(&mut sender, round, before).unwrap();
@@ -169,11 +195,6 @@ fn reset_of_one_end_resets_the_other() {
             assert!(came.is_err(), "round {round}: EOF after {came:?} of {before} bytes");
         });
     }
-    // An upstream may reset before weir has looked at its answer.
-    let reasons = ["connect_failed", "downstream_reset", "upstream_reset"];
-    let resets = || reasons.map(|reason| rig.weir.closed(reason)).iter().sum::<u64>();
-    until("every reset is counted", || resets() == 300);
-    rig.end();
 }
 
 /// RL4: a reset stays a reset behind a send that waits for room: that send swallows the error, and
@@ -243,12 +264,12 @@ fn half_closed_and_silent_flow_is_reset() {
 /// RL11: silent clients cost a place each, up to a limit for each source, and nobody else's.
 #[test]
 fn silent_clients_are_bounded_and_others_are_served() {
-    let rig = Rig::with("limits:\n  flows_per_source_max: 500\ntimeouts:\n  idle_ms: 2000\n");
+    let rig = Rig::with("limits:\n  flows_per_source_max: 4000\ntimeouts:\n  idle_ms: 4000\n");
     let echo = echo(rig.listener.try_clone().unwrap());
     // Those above the limit may be reset before they know that they were connected.
-    let silent: Vec<_> = (0..600).map(|_| rig.net.try_connect(Place::Client, LISTEN)).collect();
-    until("the limit bites", || rig.weir.denied("source_limit") >= 100);
-    assert!(rig.weir.active() <= 500);
+    let silent: Vec<_> = (0..4200).map(|_| rig.net.try_connect(Place::Client, LISTEN)).collect();
+    until("the limit bites", || rig.weir.denied("source_limit") >= 200);
+    assert!(rig.weir.active() <= 4000);
     run(&[
         "ip",
         "-n",
@@ -264,7 +285,7 @@ fn silent_clients_are_bounded_and_others_are_served() {
         &["sh", "-c", "printf good | timeout 20 socat - TCP:10.98.1.1:7000,bind=10.98.1.9"],
     );
     assert_eq!(String::from_utf8_lossy(&output.stdout), "good", "{output:?}");
-    until("silence ends", || rig.weir.closed("idle_timeout") == 500);
+    until("silence ends", || rig.weir.closed("idle_timeout") == 4000);
     drop((silent, echo));
     rig.end();
 }

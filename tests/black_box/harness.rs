@@ -24,6 +24,11 @@ pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// As often as a usual run has time for, or as the catalogue asks with `WEIR_TEST_FULL=1`.
+pub(crate) fn rounds(usual: u64, full: u64) -> u64 {
+    if std::env::var_os("WEIR_TEST_FULL").is_some() { full } else { usual }
+}
+
 /// For anything that should be a matter of milliseconds, on a machine that is busy with others.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::harness::{
-    Cgroup, Net, Place, Random, Weir, check, echo, expect_reset, send, until, weir,
+    Cgroup, Net, Place, Random, Weir, check, echo, expect_reset, rounds, send, until, weir,
 };
 
 const LISTEN: &str = "10.98.1.1:7000";
@@ -92,7 +92,7 @@ fn killed_at_any_time_nothing_is_left() {
     let place = tempfile::TempDir::new().unwrap();
     let file = crate::harness::config_file(&place, &config);
     let mut random = Random::new(4);
-    for _ in 0..20 {
+    for _ in 0..rounds(50, 1_000) {
         let mut command = net.command(Place::Node, weir());
         command.args(["run", "-c"]).arg(&file).stderr(std::process::Stdio::null());
         let mut child = command.spawn().unwrap();

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use weir::addr::Downstream;
 use weir::bpf::{ConnectHook, Filters, HookPlan};
 
-use crate::harness::{Cgroup, Net, Place, Weir, config_file, said, until, weir};
+use crate::harness::{Cgroup, Net, Place, Weir, config_file, rounds, said, until, weir};
 
 /// A workload in its cgroup, and servers that say which one they are.
 pub(crate) struct Rig {
@@ -271,30 +271,41 @@ def before(s):
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
     s.bind(('10.98.2.1', 41000))
-for i in range(400):
+for i in range(COUNT):
     dial(V4, ('10.98.2.2', 80 + i % 2), before).close()";
-    let heard = rig.says(script);
+    let count = rounds(2_000, 10_000);
+    let heard = rig.says(&script.replace("COUNT", &count.to_string()));
     for (index, line) in heard.lines().enumerate() {
         let port = 80 + index % 2;
         assert_eq!(line, format!("10.98.2.2 {port} 10.98.2.2:{port}"));
     }
-    assert_eq!(heard.lines().count(), 400);
+    assert_eq!(heard.lines().count() as u64, count);
     rig.end();
 }
 
-/// CH8: an upstream that refuses: the application sees success first, and then a reset.
+/// CH8: an upstream that refuses, cannot be reached or never answers: the application sees success
+/// first, and then a reset.
 #[test]
-fn refused_upstream_shows_as_a_reset() {
-    let rig = Rig::new("");
+fn dead_upstream_shows_as_a_reset() {
+    let net = Net::new();
+    let cgroup = Cgroup::new();
+    let drop_it =
+        "table inet cut { chain c { type filter hook input priority 0; tcp dport 98 drop; }; }";
+    net.run(Place::Server, &["nft", drop_it]);
+    let rig = Rig { weir: Weir::run(&net, &config(&cgroup, "")), cgroup, net };
+    // Nobody has the second address: the neighbour table gives up before the connect timeout.
     let script = "
-try:
-    # The reset may come before connect returns.
-    s = socket.create_connection(('10.98.2.2', 99), 20)
-    print('heard', s.recv(1))
-except ConnectionResetError:
-    print('reset')";
-    assert_eq!(rig.says(script), "reset");
-    assert_eq!(rig.weir.closed("connect_refused"), 1);
+for ip, port in [('10.98.2.2', 99), ('10.98.2.77', 80), ('10.98.2.2', 98)]:
+    try:
+        # The reset may come before connect returns.
+        s = socket.create_connection((ip, port), 20)
+        print('heard', s.recv(1))
+    except ConnectionResetError:
+        print('reset')";
+    assert_eq!(rig.says(script), "reset\nreset\nreset");
+    for reason in ["connect_refused", "connect_unreachable", "connect_timeout"] {
+        assert_eq!(rig.weir.closed(reason), 1, "{reason}");
+    }
     rig.end();
 }
 
@@ -322,21 +333,46 @@ fn own_port_is_never_dialled() {
     rig.end();
 }
 
-/// CH1: killed, weir takes its hook along, and the workload dials directly.
+/// CH1: killed under load, again and again, weir takes its hook along: the workload dials directly
+/// within 100 ms.
 #[test]
 fn killed_weir_leaves_the_workload_connected() {
-    let rig = Rig::new("");
-    rig.says("dial(V4, ('10.98.2.2', 80))");
-    assert_eq!(rig.weir.opened(), 1);
-    let Rig { cgroup, net, weir } = rig;
-    assert!(cgroup.programs().contains("weir_connect4"));
-    weir.kill();
-    let script = format!("{PRELUDE}\ndial(V4, ('10.98.2.2', 80)); dial(V6, ('fd98:2::2', 80))");
-    until("the workload dials directly", || {
-        cgroup.output(&net, &["python3", "-c", &script]).status.success()
-    });
-    until("no program is left", || !cgroup.programs().contains("weir"));
-    until("and no rule", || net.is_clean());
+    let rounds = rounds(25, 1_000);
+    let Rig { cgroup, net, weir } = Rig::new("");
+    let dial = "
+import time
+failed = None
+while True:
+    try:
+        s = socket.create_connection(('10.98.2.2', 80), 5); s.settimeout(5)
+        assert s.recv(64) == b'10.98.2.2:80\\n'
+        s.close()
+        if failed is not None:
+            print(int((time.monotonic() - failed) * 1000), flush=True)
+        failed = None
+    except (OSError, AssertionError):
+        # A flow that dies with weir counts from the moment it died.
+        failed = failed if failed is not None else time.monotonic()";
+    let script = format!("{PRELUDE}{dial}");
+    let mut workload = cgroup.command(&net, Place::Node, &["python3", "-c", &script]);
+    let mut workload = workload.stdout(Stdio::piped()).spawn().unwrap();
+    let mut running = Some(weir);
+    for _ in 0..rounds {
+        let weir = running.take().unwrap_or_else(|| Weir::run(&net, &config(&cgroup, "")));
+        until("the workload dials", || weir.opened() > 20);
+        weir.kill();
+        until("no program is left", || !cgroup.programs().contains("weir"));
+    }
+    until("and no rule", || !net.run(Place::Node, &["nft", "list", "tables"]).contains("weir"));
+    workload.kill().unwrap();
+    let output = workload.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut gaps: Vec<u64> = text.lines().map(|line| line.parse().unwrap()).collect();
+    gaps.sort_unstable();
+    // Not every kill meets an open flow. The host may be busy with others: the usual gap counts.
+    let usual = gaps.get(gaps.len() / 2).copied().unwrap_or(0);
+    let last = gaps.last().copied().unwrap_or(0);
+    assert!(usual < 100 && last < 5_000, "{gaps:?}");
 }
 
 /// CH3: two weirs, each for its own namespace, hang programs on one cgroup; neither disturbs the

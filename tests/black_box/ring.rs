@@ -9,7 +9,9 @@ use std::thread::scope;
 
 use socket2::SockRef;
 
-use crate::harness::{Net, Place, Random, Weir, check, echo, expect_eof, said, send, until, weir};
+use crate::harness::{
+    Net, Place, Random, Weir, check, echo, expect_eof, receive, rounds, said, send, until, weir,
+};
 
 const LISTEN: &str = "10.98.1.1:7000";
 const SERVER: &str = "10.98.2.2:7001";
@@ -54,22 +56,22 @@ fn starved_flows_wait_and_lose_nothing() {
     let net = Net::new();
     let listener = net.listen(Place::Server, SERVER);
     let profile = "summary: a test\nring: { entries: 64, completions: 128, spin_us: 0 }\n\
-                   buffers: { small_count: 4, small_bytes: 4096, bulk_count: 2, bulk_bytes: 8192 }\n\
+                   buffers: { small_count: 2, small_bytes: 4096, bulk_count: 2, bulk_bytes: 8192 }\n\
                    relay: { segments_max: 2, window_bytes: 8192, bulk_after_bytes: 16384 }\n\
                    sockets: { send_buffer_bytes: 4608, receive_buffer_bytes: 4608 }\n";
     let weir = Weir::forward_with(&net, profile, &FORWARD);
     echo(listener);
     scope(|scope| {
-        for seed in 0..100 {
+        for seed in 0..200 {
             let stream = net.connect(Place::Client, LISTEN);
             scope.spawn(move || {
                 let mut reader = stream.try_clone().unwrap();
                 let mut writer = stream;
                 let sender = std::thread::spawn(move || {
-                    send(&mut writer, seed, 300_000).unwrap();
+                    send(&mut writer, seed, 150_000).unwrap();
                     writer.shutdown(Shutdown::Write).unwrap();
                 });
-                check(&mut reader, seed, 300_000);
+                check(&mut reader, seed, 150_000);
                 expect_eof(&mut reader);
                 sender.join().unwrap();
             });
@@ -152,18 +154,19 @@ fn port_of_a_killed_weir_is_taken_over_at_once() {
     let net = Net::new();
     let listener = net.listen(Place::Server, SERVER);
     echo(listener);
-    for seed in 0..10 {
+    for _ in 0..rounds(20, 200) {
         let weir = Weir::forward(&net, &FORWARD);
-        let mut streams: Vec<_> = (0..50).map(|_| net.connect(Place::Client, LISTEN)).collect();
-        for stream in &mut streams {
-            send(stream, seed, 1000).unwrap();
-            check(stream, seed, 1000);
-        }
-        weir.kill();
-        for mut stream in streams {
-            // FIN or RST, but not silence.
-            let _ = stream.read(&mut [0; 1]);
-        }
+        let streams: Vec<_> = (0..50).map(|_| net.connect(Place::Client, LISTEN)).collect();
+        scope(|scope| {
+            for (seed, stream) in (0..).zip(&streams) {
+                let (mut writer, mut reader) = (stream, stream);
+                // Until it dies: FIN or RST, but not silence, and no wrong byte before.
+                scope.spawn(move || send(&mut writer, seed, u64::MAX));
+                scope.spawn(move || receive(&mut reader, seed, u64::MAX));
+            }
+            until("bytes flow", || weir.metric("weir_bytes_total", &[]) > 20_000_000);
+            weir.kill();
+        });
     }
 }
 
