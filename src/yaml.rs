@@ -5,6 +5,9 @@
 //! Plain data: no anchors, aliases or tags, one document, strings as written. A scalar gets its
 //! type from whoever asks for it, so `off` is a word wherever a word is wanted.
 
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 
 pub use mistakes::{Mistake, Mistakes};
@@ -43,6 +46,31 @@ pub struct Place {
     pub column: usize,
     /// From 1.
     pub line: usize,
+}
+
+/// The text of a file.
+///
+/// # Errors
+///
+/// Why it cannot be read, as a mistake at its beginning.
+pub fn read(path: &Path) -> Result<String, Mistakes> {
+    std::fs::read_to_string(path).map_err(|error| {
+        let mut mistakes = Mistakes::none(&path.display().to_string(), "");
+        mistakes.add(Place { column: 1, line: 1 }, "", unreadable(&error));
+        mistakes
+    })
+}
+
+fn unreadable(error: &io::Error) -> String {
+    match error.kind() {
+        ErrorKind::NotFound => {
+            format!("{error}; `weir config show` prints a config to start from")
+        }
+        ErrorKind::InvalidData => "not a text file: UTF-8 is wanted".to_owned(),
+        ErrorKind::IsADirectory => format!("{error}; a file is wanted"),
+        ErrorKind::PermissionDenied => format!("{error}; who runs weir must be able to read it"),
+        _ => error.to_string(),
+    }
 }
 
 /// Reads one document; a syntax error is the only mistake this finds.

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -94,6 +95,64 @@ fn config_check_shows_every_mistake_and_takes_a_right_file() {
     let missing = output(&["run", "-c", "nowhere.yaml"]);
     assert_eq!(missing.status.code(), Some(2));
     assert!(stderr(&missing).starts_with("weir: nowhere.yaml:1:1: No such file"));
+    assert!(stderr(&missing).contains("`weir config show`"), "the cure");
+}
+
+#[test]
+fn garbage_is_one_clear_line() {
+    let place = TempDir::new().unwrap();
+    let (garbage, empty) = (place.path().join("garbage.yaml"), place.path().join("empty.yaml"));
+    fs::write(&garbage, [0xff, 0xfe, 0x00, 0x9b].repeat(500)).unwrap();
+    fs::write(&empty, "").unwrap();
+    for (file, words) in [
+        (garbage.as_path(), "not a text file"),
+        (&empty, "asks for nothing"),
+        (place.path(), "a file is wanted"),
+    ] {
+        let output = weir().args(["run", "-c"]).arg(file).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.lines().count() == 1 && text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn manual_pages_and_completions_know_every_verb() {
+    let place = TempDir::new().unwrap();
+    assert!(weir().arg("man").arg(place.path()).status().unwrap().success());
+    for shell in ["bash", "fish", "zsh"] {
+        let text = output(&["completions", shell]).stdout;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        for verb in ["run", "forward", "check", "config", "status", "flows", "drain", "demo"] {
+            assert!(text.contains(verb), "{shell}: {verb}");
+            let page = fs::read_to_string(place.path().join(format!("weir-{verb}.1"))).unwrap();
+            assert!(page.contains(".TH") && page.contains("SYNOPSIS"), "{verb}");
+        }
+    }
+}
+
+#[test]
+fn supervisor_is_told_when_weir_is_ready_and_when_it_stops() {
+    let place = TempDir::new().unwrap();
+    let path = place.path().join("notify");
+    let supervisor = UnixDatagram::bind(&path).unwrap();
+    supervisor.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let heard = || {
+        let mut text = [0; 256];
+        let len = supervisor.recv(&mut text).unwrap();
+        String::from_utf8_lossy(&text[..len]).into_owned()
+    };
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let mut child = weir()
+        .args(["forward", "--workers", "1", "--listen", &listen, "--to", "127.0.0.1:2"])
+        .env("NOTIFY_SOCKET", &path)
+        .spawn()
+        .unwrap();
+    assert!(heard().contains("READY=1"));
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(heard().contains("STOPPING=1"));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::claims::{ADDRESS, Claim, overlaps};
 use super::{Admin, Config, Forward, OnExit, Workers, capture, service};
 use crate::profile::Profile;
-use crate::yaml::{self, Kind, Mistakes, Node, Place, Section, nearest, parsed};
+use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
 
 impl Config {
     /// A config file by its path.
@@ -17,15 +17,8 @@ impl Config {
     ///
     /// The file cannot be read, or every mistake in it.
     pub fn load(path: &Path) -> Result<Config, Mistakes> {
-        let file = path.display().to_string();
-        match std::fs::read_to_string(path) {
-            Ok(text) => Config::parse(&file, path.parent(), &text),
-            Err(error) => {
-                let mut mistakes = Mistakes::none(&file, "");
-                mistakes.add(START, "", error.to_string());
-                Err(mistakes)
-            }
-        }
+        let text = yaml::read(path)?;
+        Config::parse(&path.display().to_string(), path.parent(), &text)
     }
 
     /// A config text. `file` is how messages call it; a profile given as a path is looked for
@@ -171,7 +164,6 @@ fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes)
     Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }
 }
 
-const START: Place = Place { column: 1, line: 1 };
 const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];
 /// Where commands look too.
 const SOCKET: &str = "/run/weir/admin.sock";

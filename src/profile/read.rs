@@ -47,15 +47,8 @@ impl Profile {
     ///
     /// The file cannot be read, or every mistake in it.
     pub fn load(path: &Path) -> Result<Profile, Mistakes> {
-        let file = path.display().to_string();
-        match std::fs::read_to_string(path) {
-            Ok(text) => Profile::parse(&file, &file, &text),
-            Err(error) => {
-                let mut mistakes = Mistakes::none(&file, "");
-                mistakes.add(yaml::Place { column: 1, line: 1 }, "", error.to_string());
-                Err(mistakes)
-            }
-        }
+        let (file, text) = (path.display().to_string(), yaml::read(path)?);
+        Profile::parse(&file, &file, &text)
     }
 }
 
