@@ -16,11 +16,7 @@ impl Lives {
     /// With the default profile.
     pub(crate) fn new() -> Lives {
         let profile = Profile::default();
-        Lives {
-            ops: Ops::new(),
-            rules: Rules::new(&profile.relay, profile.buffers.small_bytes),
-            segments: Segments::new(8),
-        }
+        Lives { ops: Ops::new(), rules: Rules::new(&profile, true), segments: Segments::new(8) }
     }
 
     /// Accepted and connected.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use criterion::{Criterion, criterion_group, criterion_main};
 use weir::op::{FlowId, Kind, Pool, Segment, Side, Token};
 use weir::profile::Profile;
-use weir::ring::{Batch, DialOptions, Event, Ring, Setup};
+use weir::ring::{Batch, DialOptions, Event, Ring, Setup, SpliceLimits};
 
 const SLOT: FlowId = FlowId::new(0);
 
@@ -29,6 +29,7 @@ impl Lab {
             flows_max: 4,
             headers: 0,
             ring: &profile.ring,
+            splice: SpliceLimits::default(),
         };
         let mut ring = Ring::open(setup).expect("a ring (`weir check` says why not)");
         let (ours, peer) = UnixStream::pair().expect("a socket pair");

@@ -30,6 +30,7 @@ mod capturing;
 pub mod check;
 mod checks;
 pub mod client;
+mod descriptors;
 mod exposition;
 mod services;
 pub mod shown;
@@ -88,9 +89,27 @@ pub enum RunError {
          6.11 or newer, or `source: own`)"
     )]
     NoBind,
+    /// The kernel cannot splice, or may not.
+    #[error(
+        "relay splice needs splice(2) and descriptors lent by the ring, which this kernel lacks or \
+         a seccomp filter forbids (Linux 6.8 or newer, or relay copy or auto)"
+    )]
+    NoSplice,
     /// Something asked for is not in this version.
     #[error("{0}")]
     NotYet(String),
+    /// Spliced flows and pipes need more descriptors than there can be.
+    #[error(
+        "relay splice needs RLIMIT_NOFILE of at least {needed}, and it is {limit}: two for each of \
+         limits.spliced_flows_max and limits.pipes_max (raise it with `ulimit -n` or LimitNOFILE=, \
+         lower these two in the profile, or take relay auto)"
+    )]
+    SpliceDescriptors {
+        /// Of this process.
+        limit: u64,
+        /// For everything.
+        needed: u64,
+    },
     /// One is enough.
     #[error(
         "weir runs already: process {pid} answers at {} (stop it, or give this one an \

@@ -10,13 +10,18 @@
 //! - The upstream socket is closed first: with the downstream's slot the flow's name is free again.
 #![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
 
-use half::{Half, Receive, Send};
+use half::{Half, Path, Target};
+use splice::Broken;
 
-use crate::op::{CloseReason, Completion, Errno, Op, Pool, Request, Segment, Side, Timer};
+use crate::op::{
+    CloseReason, Completion, Errno, Fall, Op, Pool, Relay, Request, Segment, Side, Timer,
+};
+use crate::profile::{self, RelayMode};
 
 pub use ops::Ops;
 pub use segments::{Queue, Segments};
 
+mod copy;
 mod half;
 mod ops;
 mod segments;
@@ -28,13 +33,19 @@ mod segments;
     reason = "a test may panic"
 )]
 mod simulation;
+mod splice;
 
 /// A pair of joined sockets.
 #[derive(Clone, Copy, Debug)]
 pub struct Flow {
+    fall: Option<Fall>,
     from_downstream: Half,
     from_upstream: Half,
     in_flight: InFlight,
+    /// Bytes of our own that go upstream first and are nobody's.
+    lead_bytes: u32,
+    /// Sides whose descriptor is lent, one bit each.
+    lent: u8,
     state: State,
 }
 
@@ -45,10 +56,33 @@ pub struct Rules {
     pub bulk_after_bytes: u64,
     /// Average bytes a receive must bring for its direction to count as bulky.
     pub bulk_segment_bytes: u32,
+    /// Bytes that a pipe may hold.
+    pub pipe_bytes: u32,
     /// Buffers one direction may hold before its receive is cancelled; at least 2.
     pub segments_max: u16,
+    /// Which directions are spliced.
+    pub splice: Promotion,
+    /// Bytes that a direction must have moved by copy to be promoted.
+    pub splice_after_bytes: u64,
+    /// Average bytes a receive into bulk buffers must bring for that.
+    pub splice_bulk_read_bytes: u32,
+    /// Average bytes a receive into small buffers must bring for that.
+    pub splice_read_bytes: u32,
+    /// Average bytes a step must take for its direction to stay spliced.
+    pub splice_short_bytes: u32,
     /// Bytes one direction may hold; at least 2.
     pub window_bytes: u32,
+}
+
+/// Which directions are promoted to a faster path.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Promotion {
+    /// All, from the first byte on.
+    Always,
+    /// Those that have proved bulky, as long as they stay so.
+    Bulk,
+    /// None.
+    Never,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -65,7 +99,7 @@ enum State {
 
 /// The set of requests in flight.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-struct InFlight(u8);
+struct InFlight(u16);
 
 impl Flow {
     /// A flow whose downstream was just accepted: dial, and listen to what it has to say. `lead`
@@ -77,16 +111,19 @@ impl Flow {
         ops: &mut Ops,
     ) -> Flow {
         let mut flow = Flow {
-            from_downstream: Half::new(Send::Unconnected),
-            from_upstream: Half::new(Send::Idle),
+            fall: None,
+            from_downstream: Half::new(Target::Unconnected),
+            from_upstream: Half::new(Target::Open),
             in_flight: InFlight::default(),
+            lead_bytes: lead.map_or(0, |lead| lead.len),
+            lent: 0,
             state: State::Connecting,
         };
         if let Some(lead) = lead {
-            flow.from_downstream.lead(segments, lead);
+            flow.from_downstream.copying.push(segments, lead);
         }
         flow.request(Op::Connect, ops);
-        flow.pump(Side::Downstream, rules, ops);
+        flow.drive(Side::Downstream, rules, ops);
         flow
     }
 
@@ -104,36 +141,78 @@ impl Flow {
             self.finish_closing(segments, ops);
             return;
         }
+        if let Err(reason) = self.take(completion, rules, segments, ops) {
+            return self.abort(reason, segments, ops);
+        }
+        match completion {
+            Completion::Connected(_) | Completion::Installed { .. } => {
+                Side::BOTH.into_iter().for_each(|from| self.drive(from, rules, ops));
+            }
+            _ => self.drive(completion.half(), rules, ops),
+        }
+        self.lend(ops);
+        self.finish(segments, ops);
+    }
+
+    /// Notes what a completion says; an error ends the flow.
+    fn take(
+        &mut self,
+        completion: Completion,
+        rules: &Rules,
+        segments: &mut Segments,
+        ops: &mut Ops,
+    ) -> Result<(), CloseReason> {
         match completion {
             Completion::Received { side, result, .. } => match result {
-                Ok(Some(segment)) => self.half(side).push(segments, segment),
-                Ok(None) => self.half(side).receive = Receive::Ended,
+                Ok(Some(segment)) => self.half(side).copying.push(segments, segment),
+                Ok(None) => self.half(side).source_ended = true,
                 Err(Errno(ENOBUFS)) => self.starve(side, ops),
                 Err(Errno(ECANCELED | EAGAIN | EINTR)) => {}
-                Err(_) => return self.abort(CloseReason::reset_by(side), segments, ops),
+                Err(_) => return Err(CloseReason::reset_by(side)),
             },
-            Completion::Sent { from, result } => match result {
-                Ok(bytes) if self.half(from).sent(segments, bytes) => {}
+            Completion::Sent { from, result } => {
+                let sent = match result {
+                    Ok(bytes) => self.sent(from, segments, bytes),
+                    Err(Errno(EAGAIN | EINTR)) => {
+                        self.half(from).copying.ended_send();
+                        true
+                    }
+                    Err(_) => false,
+                };
                 // The error that cut it short was swallowed, and the next receive on that socket
                 // would look like FIN (`sk_stream_error` in net/core/stream.c takes `sk_err`).
-                Ok(_) => return self.abort(CloseReason::reset_by(from.other()), segments, ops),
-                Err(Errno(EAGAIN | EINTR)) => self.half(from).send = Send::Idle,
-                Err(_) => return self.abort(CloseReason::reset_by(from.other()), segments, ops),
-            },
-            Completion::Connected(Ok(())) => self.relay(rules, ops),
-            Completion::Connected(Err(errno)) => {
-                return self.abort(CloseReason::of_connect(errno), segments, ops);
+                if !sent {
+                    return Err(CloseReason::reset_by(from.other()));
+                }
             }
+            Completion::Spliced { drained, filled, from } => {
+                let half = self.half(from);
+                half.moved_bytes += u64::from(drained.unwrap_or(0));
+                half.source_ended |= filled == Ok(0);
+                self.fall = half.splicing.stepped(filled, drained, rules).map_err(|end| {
+                    CloseReason::reset_by(if end == Broken::Source { from } else { from.other() })
+                })?;
+            }
+            Completion::Ready { from } => self.half(from).splicing.ready(),
+            Completion::Installed { side, result: Ok(()) } => self.lent |= bit(side),
+            Completion::Installed { result: Err(_), .. } => {
+                self.fall = Some(Fall::Descriptors);
+                Side::BOTH.into_iter().for_each(|from| self.half(from).stay());
+            }
+            Completion::Connected(Ok(())) => {
+                self.state = State::Relaying;
+                self.from_downstream.target = Target::Open;
+            }
+            Completion::Connected(Err(errno)) => return Err(CloseReason::of_connect(errno)),
             Completion::ShutDown { result: Ok(()), .. } => {}
             Completion::ShutDown { side, result: Err(_) } => {
-                return self.abort(CloseReason::reset_by(side), segments, ops);
+                return Err(CloseReason::reset_by(side));
             }
-            Completion::BuffersFree(side) => self.feed(side),
-            Completion::Expired(timer) => return self.abort(timer.into(), segments, ops),
-            Completion::Expelled(reason) => return self.abort(reason, segments, ops),
+            Completion::BuffersFree(side) => self.half(side).copying.feed(),
+            Completion::Expired(timer) => return Err(timer.into()),
+            Completion::Expelled(reason) => return Err(reason),
         }
-        self.pump(completion.half(), rules, ops);
-        self.finish(segments, ops);
+        Ok(())
     }
 
     /// Which timer applies now; `None` once the flow is on its way out.
@@ -175,9 +254,23 @@ impl Flow {
     #[must_use]
     pub const fn queue(&self, from: Side) -> Queue {
         match from {
-            Side::Downstream => self.from_downstream.queue,
-            Side::Upstream => self.from_upstream.queue,
+            Side::Downstream => self.from_downstream.copying.queue,
+            Side::Upstream => self.from_upstream.copying.queue,
         }
+    }
+
+    /// How the bytes read from `from` move now.
+    #[must_use]
+    pub const fn relay(&self, from: Side) -> Relay {
+        match from {
+            Side::Downstream => self.from_downstream.relay(),
+            Side::Upstream => self.from_upstream.relay(),
+        }
+    }
+
+    /// Why the last step left a better path, or could not take it; once.
+    pub fn take_fall(&mut self) -> Option<Fall> {
+        self.fall.take()
     }
 
     fn half(&mut self, from: Side) -> &mut Half {
@@ -188,8 +281,7 @@ impl Flow {
     }
 
     fn is_half_closed(&self) -> bool {
-        (self.from_downstream.receive == Receive::Ended)
-            != (self.from_upstream.receive == Receive::Ended)
+        self.from_downstream.source_ended != self.from_upstream.source_ended
     }
 
     /// Notes that a request has ended, whatever came of it.
@@ -197,7 +289,7 @@ impl Flow {
         let Some(request) = completion.ends() else { return };
         self.in_flight.remove(request);
         if let Request::Receive(side) = request {
-            self.half(side).receive = Receive::Idle;
+            self.half(side).copying.received();
         }
     }
 
@@ -208,35 +300,45 @@ impl Flow {
         ops.push(op);
     }
 
-    fn relay(&mut self, rules: &Rules, ops: &mut Ops) {
-        self.state = State::Relaying;
-        self.from_downstream.send = Send::Idle;
-        self.pump(Side::Upstream, rules, ops);
+    /// The socket took so many bytes; false if not all that it was asked to take.
+    fn sent(&mut self, from: Side, segments: &mut Segments, bytes: u32) -> bool {
+        let lead = if from == Side::Downstream { bytes.min(self.lead_bytes) } else { 0 };
+        self.lead_bytes -= lead;
+        let half = self.half(from);
+        half.moved_bytes += u64::from(bytes - lead);
+        half.copying.sent(segments, bytes)
     }
 
     /// A pool is empty: a bulky direction takes small buffers, a small one waits its turn.
     fn starve(&mut self, side: Side, ops: &mut Ops) {
-        let half = self.half(side);
-        if !half.retreat() {
-            half.receive = Receive::Starved;
+        if !self.half(side).copying.starve() {
             ops.push(Op::AwaitBuffers(side));
         }
     }
 
-    fn feed(&mut self, side: Side) {
-        let half = self.half(side);
-        if half.receive == Receive::Starved {
-            half.receive = Receive::Idle;
+    /// Takes the path that serves the direction best, and starts whatever it can do now.
+    fn drive(&mut self, from: Side, rules: &Rules, ops: &mut Ops) {
+        let (relaying, lent) = (self.state == State::Relaying, self.lent == BOTH_LENT);
+        while relaying && self.half(from).steer(rules, lent) {}
+        while let Some(op) = self.half(from).next_op(from, rules) {
+            self.request(op, ops);
         }
     }
 
-    /// Starts whatever the direction that reads from `side` can do now.
-    fn pump(&mut self, side: Side, rules: &Rules, ops: &mut Ops) {
-        if let Some(op) = self.half(side).next_send(side) {
-            self.request(op, ops);
+    /// Asks for descriptors as soon as one direction wants them, gives them back after the last.
+    fn lend(&mut self, ops: &mut Ops) {
+        let wanted = [self.from_downstream.path, self.from_upstream.path] != [Path::Copy; 2];
+        let mut asked = false;
+        for side in Side::BOTH {
+            let is_here = self.lent & bit(side) != 0;
+            if wanted && !is_here && !self.in_flight.contains(Request::Install(side)) {
+                self.request(Op::Install(side), ops);
+            }
+            asked |= self.in_flight.contains(Request::Install(side));
         }
-        if let Some(op) = self.half(side).next_receive(side, rules) {
-            self.request(op, ops);
+        if !wanted && !asked && self.lent != 0 {
+            self.lent = 0;
+            ops.push(Op::Uninstall);
         }
     }
 
@@ -244,14 +346,14 @@ impl Flow {
     ///
     /// The last FIN needs no request of its own: closing the sockets sends it.
     fn finish(&mut self, segments: &mut Segments, ops: &mut Ops) {
-        let done = |half: &Half| half.is_flushed() || half.send == Send::Ended;
+        let done = |half: &Half| half.is_flushed() || half.target == Target::Ended;
         if done(&self.from_downstream) && done(&self.from_upstream) {
             self.state = State::Closing(CloseReason::Finished);
             return self.finish_closing(segments, ops);
         }
         for from in Side::BOTH {
             if self.half(from).is_flushed() {
-                self.half(from).send = Send::Ended;
+                self.half(from).target = Target::Ended;
                 self.request(Op::Shutdown(from.other()), ops);
             }
         }
@@ -273,8 +375,8 @@ impl Flow {
         if self.in_flight != InFlight::default() {
             return;
         }
-        segments.clear(&mut self.from_downstream.queue);
-        segments.clear(&mut self.from_upstream.queue);
+        segments.clear(&mut self.from_downstream.copying.queue);
+        segments.clear(&mut self.from_upstream.copying.queue);
         let reset = reason != CloseReason::Finished;
         ops.push(Op::Close { side: Side::Upstream, reset });
         ops.push(Op::Close { side: Side::Downstream, reset });
@@ -304,9 +406,12 @@ impl Completion {
     const fn ends(self) -> Option<Request> {
         match self {
             Completion::Connected(_) => Some(Request::Connect),
+            Completion::Installed { side, .. } => Some(Request::Install(side)),
+            Completion::Ready { from } => Some(Request::Await(from)),
             Completion::Received { side, more: false, .. } => Some(Request::Receive(side)),
             Completion::Sent { from, .. } => Some(Request::Send(from)),
             Completion::ShutDown { side, .. } => Some(Request::Shutdown(side)),
+            Completion::Spliced { from, .. } => Some(Request::Splice(from)),
             _ => None,
         }
     }
@@ -315,7 +420,9 @@ impl Completion {
     const fn half(self) -> Side {
         match self {
             Completion::BuffersFree(side) | Completion::Received { side, .. } => side,
-            Completion::Sent { from, .. } => from,
+            Completion::Ready { from }
+            | Completion::Sent { from, .. }
+            | Completion::Spliced { from, .. } => from,
             _ => Side::Downstream,
         }
     }
@@ -325,18 +432,23 @@ impl Op {
     /// The request that this operation puts in flight.
     const fn begins(self) -> Option<Request> {
         match self {
+            Op::Await { from, .. } => Some(Request::Await(from)),
             Op::Connect => Some(Request::Connect),
+            Op::Install(side) => Some(Request::Install(side)),
             Op::Receive { side, .. } => Some(Request::Receive(side)),
             Op::Send { from, .. } => Some(Request::Send(from)),
             Op::Shutdown(side) => Some(Request::Shutdown(side)),
-            Op::AwaitBuffers(_) | Op::Cancel(_) | Op::Close { .. } => None,
+            Op::Splice { from, .. } => Some(Request::Splice(from)),
+            Op::AwaitBuffers(_) | Op::Cancel(_) | Op::Close { .. } | Op::Uninstall => None,
         }
     }
 }
 
 impl InFlight {
-    /// All but the FIN, which never blocks.
-    const CANCELLABLE: [Request; 5] = [
+    /// What may wait for a peer. The FIN, a descriptor and a step of a pipe never do.
+    const CANCELLABLE: [Request; 7] = [
+        Request::Await(Side::Downstream),
+        Request::Await(Side::Upstream),
         Request::Connect,
         Request::Receive(Side::Downstream),
         Request::Receive(Side::Upstream),
@@ -344,12 +456,15 @@ impl InFlight {
         Request::Send(Side::Upstream),
     ];
 
-    const fn bit(request: Request) -> u8 {
+    const fn bit(request: Request) -> u16 {
         match request {
             Request::Connect => 1,
             Request::Receive(side) => 2 << side as u8,
             Request::Send(side) => 8 << side as u8,
             Request::Shutdown(side) => 32 << side as u8,
+            Request::Await(side) => 128 << side as u8,
+            Request::Install(side) => 512 << side as u8,
+            Request::Splice(side) => 2048 << side as u8,
         }
     }
 
@@ -367,18 +482,35 @@ impl InFlight {
 }
 
 impl Rules {
-    /// As the profile says; `small_bytes` is the size of a small buffer.
+    /// As the profile says. `can_splice`: the kernel can, and there are descriptors for it.
     #[must_use]
-    pub fn new(relay: &crate::profile::Relay, small_bytes: u32) -> Rules {
+    pub fn new(profile: &profile::Profile, can_splice: bool) -> Rules {
+        let profile::Profile { buffers, relay, .. } = profile;
+        let full = |bytes: u32| bytes / 100 * relay.splice_fullness_percent;
         Rules {
             bulk_after_bytes: relay.bulk_after_bytes,
-            bulk_segment_bytes: small_bytes / 2,
+            bulk_segment_bytes: buffers.small_bytes / 2,
+            pipe_bytes: relay.pipe_bytes,
             segments_max: relay.segments_max.max(2),
+            splice: match relay.mode {
+                RelayMode::Auto if can_splice => Promotion::Bulk,
+                RelayMode::Splice if can_splice => Promotion::Always,
+                _ => Promotion::Never,
+            },
+            splice_after_bytes: relay.splice_after_bytes,
+            splice_bulk_read_bytes: full(buffers.bulk_bytes),
+            splice_read_bytes: full(buffers.small_bytes),
+            splice_short_bytes: relay.splice_short_bytes,
             window_bytes: relay.window_bytes.max(2),
         }
     }
 }
 
+const fn bit(side: Side) -> u8 {
+    1 << side as u8
+}
+
+const BOTH_LENT: u8 = bit(Side::Downstream) | bit(Side::Upstream);
 // errno(3); the same on every architecture that Linux runs io_uring on.
 const EAGAIN: i32 = 11;
 const ECANCELED: i32 = 125;

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::op::CloseReason;
+use crate::op::{CloseReason, Fall, Relay, Side};
 
 /// A number that only its worker changes.
 #[derive(Debug, Default)]
@@ -136,10 +136,10 @@ pub struct Counters {
     pub accept_paused: Counter,
     /// Times a pool was empty and a direction had to wait.
     pub buffers_exhausted: Counter,
-    /// Bytes read from downstream and handed to upstream, by origin.
-    pub bytes_to_upstream: [Counter; Origin::ALL.len()],
-    /// Bytes read from upstream and handed to downstream, by origin.
-    pub bytes_to_downstream: [Counter; Origin::ALL.len()],
+    /// Bytes read from downstream and handed to upstream, by relay and origin.
+    pub bytes_to_upstream: [[Counter; Origin::ALL.len()]; Relay::COUNT],
+    /// Bytes read from upstream and handed to downstream, by relay and origin.
+    pub bytes_to_downstream: [[Counter; Origin::ALL.len()]; Relay::COUNT],
     /// Completions of an earlier life of a slot, dropped.
     pub completions_stale: Counter,
     /// Connections turned away, by reason.
@@ -148,14 +148,46 @@ pub struct Counters {
     pub connects_retried: Counter,
     /// Times an endpoint that could not be reached was put out of use.
     pub endpoints_ejected: Counter,
+    /// Times a direction could not be spliced, or no more, by reason.
+    pub falls: [Counter; Fall::COUNT],
     /// Flows open now.
     pub flows_active: Counter,
     /// Flows that ended, by reason.
     pub flows_closed: [Counter; CloseReason::COUNT],
     /// Flows that began, by origin.
     pub flows_opened: [Counter; Origin::ALL.len()],
+    /// Times a direction changed its relay, by the one it took.
+    pub relay_changes: [Counter; Relay::COUNT],
     /// `io_uring_enter` calls.
     pub ring_enters: Counter,
     /// Completions handled.
     pub ring_completions: Counter,
+}
+
+impl Counters {
+    /// Counts bytes read from `from` that were handed to the other side's socket.
+    pub fn moved(&self, origin: Origin, from: Side, relay: Relay, bytes: u64) {
+        let by_relay = match from {
+            Side::Downstream => &self.bytes_to_upstream,
+            Side::Upstream => &self.bytes_to_downstream,
+        };
+        if let Some(counter) = by_relay.get(relay as usize).and_then(|all| all.get(origin as usize))
+        {
+            counter.add(bytes);
+        }
+    }
+
+    /// Counts that a direction has changed its relay, if it has.
+    pub fn changed(&self, before: Relay, after: Relay) {
+        if let Some(counter) = self.relay_changes.get(after as usize).filter(|_| before != after) {
+            counter.add(1);
+        }
+    }
+
+    /// Counts why a direction could not be spliced, or no more.
+    pub fn fell(&self, fall: Option<Fall>) {
+        if let Some(counter) = fall.and_then(|fall| self.falls.get(fall as usize)) {
+            counter.add(1);
+        }
+    }
 }

@@ -7,8 +7,10 @@
 use std::io;
 
 pub use reason::CloseReason;
+pub use relay::{Fall, Relay};
 
 mod reason;
+mod relay;
 
 /// Which of a flow's two sockets: the one that was accepted or the one that was dialled.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -89,6 +91,13 @@ pub struct Segment {
 /// What a flow asks of the ring. Every variant but `AwaitBuffers` becomes one or more requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Op {
+    /// Say `Completion::Ready` when the direction that reads from `from` can go on.
+    Await {
+        /// The half, named by the side it reads from.
+        from: Side,
+        /// What it waits for.
+        readiness: Readiness,
+    },
     /// Say `Completion::BuffersFree` when the pool has room again; replaces an armed receive.
     AwaitBuffers(Side),
     /// End the named request early. Its own completion still comes; the cancel has none.
@@ -102,6 +111,9 @@ pub enum Op {
     },
     /// Make the upstream socket, set its options, bind if asked, and connect it.
     Connect,
+    /// Lend a real descriptor of this side's socket, non-blocking; kept until `Uninstall` or
+    /// `Close`.
+    Install(Side),
     /// Receive until `credit_bytes` have come, EOF, error, or the pool is empty.
     Receive {
         /// From whose socket.
@@ -120,6 +132,27 @@ pub enum Op {
     },
     /// Send FIN on this side's socket.
     Shutdown(Side),
+    /// Move bytes from the socket of `from` through its pipe to the other side's socket, without
+    /// waiting. Needs the descriptors of both sides.
+    Splice {
+        /// The half, named by the side it reads from.
+        from: Side,
+        /// Bytes that its pipe holds already.
+        held_bytes: u32,
+        /// Bytes to take from the socket at most; 0 only empties the pipe.
+        room_bytes: u32,
+    },
+    /// Give back the descriptors of both sides.
+    Uninstall,
+}
+
+/// What a direction can wait for.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Readiness {
+    /// The socket it reads from has bytes, EOF or an error.
+    Readable,
+    /// The socket it writes to has room, or an error.
+    Writable,
 }
 
 /// Segments in one send: the kernel keeps 8 `iovec`s for free (`UIO_FASTIOV`), above that one
@@ -129,14 +162,20 @@ pub const SEGMENTS_PER_SEND_MAX: u16 = 32;
 /// A request that can be in flight for a flow: at most one of each kind.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Request {
+    /// The wait of the direction that reads from this side.
+    Await(Side),
     /// The open chain.
     Connect,
+    /// The descriptor of this side's socket.
+    Install(Side),
     /// The receive on this side's socket.
     Receive(Side),
     /// The send of what was read from this side.
     Send(Side),
     /// The FIN on this side's socket.
     Shutdown(Side),
+    /// The step of the pipe that is filled from this side.
+    Splice(Side),
 }
 
 /// An errno, as the kernel gave it.
@@ -171,6 +210,18 @@ pub enum Completion {
     Expelled(CloseReason),
     /// A timer ran out.
     Expired(Timer),
+    /// There is a descriptor for `side`, or there is none to be had.
+    Installed {
+        /// Whose socket.
+        side: Side,
+        /// `EMFILE`: the limit on spliced flows, or the process's on descriptors, is reached.
+        result: Result<(), Errno>,
+    },
+    /// The direction that reads from `from` can go on, or should look what is wrong.
+    Ready {
+        /// The half, named by the side it reads from.
+        from: Side,
+    },
     /// The receive on `side` brought bytes (`Ok(Some)`), EOF (`Ok(None)`) or failed.
     Received {
         /// Whose socket.
@@ -193,6 +244,18 @@ pub enum Completion {
         side: Side,
         /// `ENOTCONN`: the peer had reset it.
         result: Result<(), Errno>,
+    },
+    /// A step of the pipe that is filled from `from`.
+    Spliced {
+        /// Bytes that came out of the pipe and into the other side's socket. `EAGAIN`: nothing
+        /// did, because the pipe is empty or the socket is full.
+        drained: Result<u32, Errno>,
+        /// Bytes that came from the socket into the pipe, 0 for EOF. `EAGAIN`: the socket is empty
+        /// or the pipe full, or nothing was asked for. `EMFILE`, `ENFILE`, `ENOBUFS`: there is no
+        /// pipe to be had. `EINVAL`: this socket cannot be spliced.
+        filled: Result<u32, Errno>,
+        /// The half, named by the side it reads from.
+        from: Side,
     },
 }
 
@@ -266,6 +329,18 @@ pub enum Kind {
     ShutdownUpstream = 9,
     /// The mailbox rang.
     Mailbox = 10,
+    /// A descriptor of the downstream socket.
+    InstallDownstream = 11,
+    /// A descriptor of the upstream socket.
+    InstallUpstream = 12,
+    /// The direction that reads from downstream waits.
+    AwaitDownstream = 13,
+    /// The direction that reads from upstream waits.
+    AwaitUpstream = 14,
+    /// A step of the pipe filled from downstream.
+    SpliceDownstream = 15,
+    /// A step of the pipe filled from upstream.
+    SpliceUpstream = 16,
 }
 
 impl Kind {
@@ -273,13 +348,33 @@ impl Kind {
     #[must_use]
     pub const fn of(request: Request) -> Kind {
         match request {
+            Request::Await(Side::Downstream) => Kind::AwaitDownstream,
+            Request::Await(Side::Upstream) => Kind::AwaitUpstream,
             Request::Connect => Kind::Connect,
+            Request::Install(Side::Downstream) => Kind::InstallDownstream,
+            Request::Install(Side::Upstream) => Kind::InstallUpstream,
             Request::Receive(Side::Downstream) => Kind::ReceiveDownstream,
             Request::Receive(Side::Upstream) => Kind::ReceiveUpstream,
             Request::Send(Side::Downstream) => Kind::SendDownstream,
             Request::Send(Side::Upstream) => Kind::SendUpstream,
             Request::Shutdown(Side::Downstream) => Kind::ShutdownDownstream,
             Request::Shutdown(Side::Upstream) => Kind::ShutdownUpstream,
+            Request::Splice(Side::Downstream) => Kind::SpliceDownstream,
+            Request::Splice(Side::Upstream) => Kind::SpliceUpstream,
+        }
+    }
+
+    /// The side in the kind's name; downstream for kinds without one.
+    #[must_use]
+    pub const fn side(self) -> Side {
+        match self {
+            Kind::AwaitUpstream
+            | Kind::InstallUpstream
+            | Kind::ReceiveUpstream
+            | Kind::SendUpstream
+            | Kind::ShutdownUpstream
+            | Kind::SpliceUpstream => Side::Upstream,
+            _ => Side::Downstream,
         }
     }
 
@@ -295,6 +390,12 @@ impl Kind {
             8 => Kind::ShutdownDownstream,
             9 => Kind::ShutdownUpstream,
             10 => Kind::Mailbox,
+            11 => Kind::InstallDownstream,
+            12 => Kind::InstallUpstream,
+            13 => Kind::AwaitDownstream,
+            14 => Kind::AwaitUpstream,
+            15 => Kind::SpliceDownstream,
+            16 => Kind::SpliceUpstream,
             _ => return None,
         })
     }

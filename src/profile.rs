@@ -50,8 +50,8 @@ pub struct Buffers {
     pub small_bytes: u32,
 }
 
-/// What one worker may hold at most (`flows_max`, `connects_pending_max` and
-/// `flows_per_source_max` are for the process; a worker gets its share).
+/// What one worker may hold at most (all but `backlog` are for the process; a worker gets its
+/// share).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Limits {
     /// Length of a listener's accept queue (`listen(2)`; the kernel caps it at `somaxconn`).
@@ -62,6 +62,10 @@ pub struct Limits {
     pub flows_max: u32,
     /// Flows at a time from one address, 0 for no limit; more are reset.
     pub flows_per_source_max: u32,
+    /// Pipes at a time; a spliced direction that finds none left goes back to copy.
+    pub pipes_max: u32,
+    /// Flows with a spliced direction at a time; more stay with copy.
+    pub spliced_flows_max: u32,
 }
 
 /// The worker's io_uring.
@@ -82,8 +86,16 @@ pub struct Relay {
     pub bulk_after_bytes: u64,
     /// Which relay.
     pub mode: RelayMode,
+    /// Bytes a pipe may hold; a power of two, because pipes are made of so many pages.
+    pub pipe_bytes: u32,
     /// Most buffers one direction may hold; its receive is paused above it.
     pub segments_max: u16,
+    /// A direction that has moved this many bytes may be spliced.
+    pub splice_after_bytes: u64,
+    /// How full its reads must be on average for that.
+    pub splice_fullness_percent: u32,
+    /// A spliced direction whose steps take less on average goes back to copy.
+    pub splice_short_bytes: u32,
     /// Most bytes one direction may hold in user space.
     pub window_bytes: u32,
 }
@@ -167,12 +179,18 @@ impl Default for Profile {
                 connects_pending_max: 4096,
                 flows_max: 9_000,
                 flows_per_source_max: 0,
+                pipes_max: 256,
+                spliced_flows_max: 1024,
             },
             name: "balanced".to_owned(),
             relay: Relay {
                 bulk_after_bytes: 128 << 10,
                 mode: RelayMode::Auto,
+                pipe_bytes: 1 << 20,
                 segments_max: 64,
+                splice_after_bytes: 1 << 20,
+                splice_fullness_percent: 50,
+                splice_short_bytes: 16 << 10,
                 window_bytes: 256 << 10,
             },
             ring: Ring { completions: 8192, entries: 1024, spin: Duration::from_micros(20) },

@@ -10,6 +10,7 @@
 #![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
 #![expect(unsafe_code, reason = "pushes requests that carry pointers")]
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -22,11 +23,13 @@ use crate::sys::socket;
 use buffers::Buffers;
 use cancels::Cancels;
 use headers::Headers;
+use pipes::{Pipes, Step};
 use scratch::Scratch;
 use spin::Spin;
 use turn::{Again, CANCEL, DESCRIPTOR};
 
 pub use dial::{DialOptions, Marks};
+pub use pipes::{SpliceLimits, Spliced};
 pub use probe::{Fallback, Features};
 pub use setup::{RingError, Setup};
 pub use turn::{Batch, Event};
@@ -35,10 +38,12 @@ mod buffers;
 mod cancels;
 mod dial;
 mod headers;
+mod pipes;
 mod probe;
 mod scratch;
 mod setup;
 mod spin;
+mod splice;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -54,14 +59,18 @@ pub struct Ring {
     dial: Box<DialOptions>,
     name: Box<libc::sockaddr_storage>,
     again: Vec<Again>,
+    /// Events that need no kernel.
+    answers: Vec<Event>,
     broken: Option<RingError>,
     cancels: Cancels,
     enters: u64,
     features: Features,
     flows_max: u32,
     overflows: u64,
+    pipes: Pipes,
     scratch: Scratch,
     spin: Spin,
+    steps: VecDeque<(Token, Step)>,
 }
 
 /// What an accepted connection becomes.
@@ -188,8 +197,10 @@ impl Ring {
     }
 
     /// Gives a socket back: with FIN, or with RST. Says nothing when done. The option and the
-    /// close are not linked: a slot must be freed even if its socket takes no option any more.
+    /// close are not linked: a slot must be freed even if its socket takes no option any more. What
+    /// the flow was lent goes first, because a socket closes with its last descriptor.
     pub fn close(&mut self, flow: FlowId, side: Side, reset: bool) {
+        self.pipes.release(flow);
         let fd = self.socket(flow, side);
         if reset {
             let linger: *const libc::linger = &raw const RESET_ON_CLOSE;

@@ -5,5 +5,6 @@
 
 pub mod cgroup;
 pub mod memory;
+pub mod pipe;
 pub mod process;
 pub mod socket;

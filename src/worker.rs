@@ -22,8 +22,9 @@ use crate::capture::{OwnPorts, Records, SourcePorts};
 use crate::config::ProxyProtocol;
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
+use crate::op::Relay;
 use crate::profile::Profile;
-use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError};
+use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError, SpliceLimits};
 use crate::service::{Balance, Picker, ServiceId, Tally, Update};
 use crate::sys::{process, socket};
 
@@ -78,6 +79,10 @@ pub struct Share {
     pub flows_max: u32,
     /// Flows at a time from one address; 0 for no limit.
     pub flows_per_source_max: u32,
+    /// Pipes at a time.
+    pub pipes_max: u32,
+    /// Flows with a spliced direction at a time.
+    pub spliced_flows_max: u32,
 }
 
 /// A listening socket and what its connections are for.
@@ -142,6 +147,10 @@ pub struct FlowRow {
     pub origin: Origin,
     /// Where the application meant to go; `None` for a plain listener.
     pub original_dst: Option<SocketAddr>,
+    /// How bytes reach the downstream socket now.
+    pub relay_to_downstream: Relay,
+    /// How bytes reach the upstream socket now.
+    pub relay_to_upstream: Relay,
     /// What was dialled.
     pub upstream: SocketAddr,
 }
@@ -310,16 +319,21 @@ impl Worker {
         }
         process::block_signals().map_err(|source| WorkerError::Thread { index, source })?;
         let profile = Arc::clone(&setup.profile);
-        let flows_max = setup.share.flows_max;
+        let Share { flows_max, pipes_max, spliced_flows_max, .. } = setup.share;
+        let pipe_bytes = profile.relay.pipe_bytes;
+        let splice = SpliceLimits { flows_max: spliced_flows_max, pipe_bytes, pipes_max };
         let dial = DialOptions::new(&profile.sockets, setup.marks);
         let (buffers, ring) = (&profile.buffers, &profile.ring);
         let headers = headers_max(&setup.share);
         let tuned = setup.listeners.iter().try_for_each(|listener| dial.tune(listener.fd.as_fd()));
         let ring = tuned
-            .and_then(|()| Ring::open(ring::Setup { buffers, dial, flows_max, headers, ring }))
+            .and_then(|()| {
+                Ring::open(ring::Setup { buffers, dial, flows_max, headers, ring, splice })
+            })
             .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
         let services = Picker::new(std::mem::take(&mut setup.services), index);
+        let can_splice = ring.features().splice && spliced_flows_max > 0 && pipes_max > 0;
         Ok(Worker {
             batch: Batch::new(),
             breaker: Breaker::new(),
@@ -327,7 +341,7 @@ impl Worker {
             drain_until: None,
             mailbox,
             ring,
-            rules: Rules::new(&profile.relay, profile.buffers.small_bytes),
+            rules: Rules::new(&profile, can_splice),
             segments: Segments::new(
                 profile.buffers.small_count + profile.buffers.bulk_count + headers,
             ),

@@ -45,7 +45,13 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
         own_ports: Arc::new(OwnPorts::default()),
         profile: Arc::new(Profile::default()),
         services: Update::new(services.table(), None),
-        share: Share { connects_pending_max: 64, flows_max: 500, flows_per_source_max },
+        share: Share {
+            connects_pending_max: 64,
+            flows_max: 500,
+            flows_per_source_max,
+            pipes_max: 8,
+            spliced_flows_max: 8,
+        },
         source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
     });
     (handle.unwrap(), addr)

@@ -60,7 +60,8 @@ fn rings(profile: &Profile) -> Vec<Finding> {
     let open = || {
         let dial = DialOptions::new(&profile.sockets, None);
         let (buffers, ring) = (&profile.buffers, &profile.ring);
-        let setup = ring::Setup { buffers, dial, flows_max: FLOWS, headers: 1, ring };
+        let splice = ring::SpliceLimits::default();
+        let setup = ring::Setup { buffers, dial, flows_max: FLOWS, headers: 1, ring, splice };
         Ring::open(setup).map(|ring| *ring.features())
     };
     let opened = std::thread::scope(|scope| scope.spawn(open).join());

@@ -14,13 +14,14 @@ use prometheus_client::registry::Registry;
 
 use crate::capture::Losses;
 use crate::metrics::{Counter, Counters, Denied, Origin};
-use crate::op::CloseReason;
+use crate::op::{CloseReason, Fall, Relay};
 use crate::ring::Fallback;
 
 /// The counters of all workers as text.
 pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
     let mut totals = Totals::sum(counters);
-    totals.families.extend([fallbacks(&extra.fallbacks), hook_losses(extra.losses), queues()]);
+    let fallbacks = fallbacks(&Sum(counters), &extra.fallbacks);
+    totals.families.extend([fallbacks, hook_losses(extra.losses), queues()]);
     let mut registry = Registry::with_prefix("weir");
     registry.register_collector(Box::new(totals));
     let mut text = String::new();
@@ -79,6 +80,7 @@ impl Totals {
                 CloseReason::is_connect_failure,
             ),
             bytes(&sum),
+            relay_changes(&sum),
             denied(&sum),
         ];
         families.push(single("accept_paused", "Times accept had to pause", |c| &c.accept_paused));
@@ -132,20 +134,37 @@ fn by_reason(
 
 /// `direction` is the one of the traffic as the workload sees it, both ways of a flow together.
 fn bytes(sum: &Sum<'_>) -> Family {
-    let series = ["forward", "inbound", "outbound"].map(|direction| {
-        let moved = Origin::ALL.into_iter().filter(|origin| origin.direction() == direction).map(
-            |origin| {
-                sum.of(|counters| &counters.bytes_to_upstream[origin as usize])
-                    + sum.of(|counters| &counters.bytes_to_downstream[origin as usize])
-            },
-        );
-        (vec![("direction", direction), ("relay", "copy")], moved.sum())
-    });
-    Family { help: "Bytes handed to sockets", name: "bytes", series: series.into() }
+    let mut series = Vec::new();
+    for direction in ["forward", "inbound", "outbound"] {
+        let origins = || Origin::ALL.into_iter().filter(|one| one.direction() == direction);
+        for relay in Relay::ALL {
+            let moved = origins().map(|origin| {
+                sum.of(|counters| &counters.bytes_to_upstream[relay as usize][origin as usize])
+                    + sum.of(|c| &c.bytes_to_downstream[relay as usize][origin as usize])
+            });
+            let labels = vec![("direction", direction), ("relay", relay.label())];
+            series.push((labels, moved.sum()));
+        }
+    }
+    Family { help: "Bytes handed to sockets", name: "bytes", series }
 }
 
-fn fallbacks(list: &[Fallback]) -> Family {
-    let mut series: Vec<(Vec<(&str, &str)>, u64)> = Vec::new();
+fn relay_changes(sum: &Sum<'_>) -> Family {
+    let series = Relay::ALL.map(|relay| {
+        let count = sum.of(|counters| &counters.relay_changes[relay as usize]);
+        (vec![("to", relay.label())], count)
+    });
+    let help = "Times a direction changed its relay, by the one it took";
+    Family { help, name: "relay_changes", series: series.into() }
+}
+
+/// What each worker found lacking at its start, and what directions fell back from since.
+fn fallbacks(sum: &Sum<'_>, list: &[Fallback]) -> Family {
+    let falls = Fall::ALL.map(|fall| {
+        let labels = vec![("from", "splice"), ("to", "copy"), ("reason", fall.label())];
+        (labels, sum.of(|counters| &counters.falls[fall as usize]))
+    });
+    let mut series: Vec<(Vec<(&str, &str)>, u64)> = falls.into();
     for fallback in list {
         let labels = vec![("from", fallback.from), ("to", fallback.to), ("reason", "kernel")];
         match series.iter_mut().find(|(other, _)| *other == labels) {

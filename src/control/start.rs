@@ -11,18 +11,17 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::capturing;
 use super::services::Services;
-use super::{RunError, Running, shown};
+use super::{RunError, Running, capturing, descriptors, shown};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, Records, STEER_MARK, SourcePorts};
 use crate::config::{Config, ProxyProtocol, SourceAddress, Workers};
 use crate::metrics::Origin;
-use crate::profile::{Limits, Profile, RelayMode};
+use crate::profile::{Profile, RelayMode};
 use crate::ring::Marks;
 use crate::service::ServiceId;
 use crate::sys::process;
 use crate::sys::socket::{ListenError, ListenOptions, listen};
-use crate::worker::{self, Listener, Route, Setup, Share, Source};
+use crate::worker::{self, Listener, Route, Setup, Source};
 
 /// Opens listeners and starts workers.
 pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Running, RunError> {
@@ -32,8 +31,7 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
     let own_ports = Arc::new(OwnPorts::new(capturing::own_ports(config)));
     refuse_loops(config, &own_ports)?;
     let cpus = cpus(&config.workers)?;
-    let share = share(&config.profile.limits, cpus.len());
-    refuse_too_many_descriptors(config, share, cpus.len())?;
+    let share = descriptors::share(config, cpus.len())?;
     let services = Arc::new(Services::default());
     let plain = services.enter(&config.forward);
     let mut sockets = open_listeners(config, &plain, records.as_ref(), cpus.len())?;
@@ -61,6 +59,10 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
     if keeps && workers.iter().any(|worker| !worker.features().bind) {
         return Err(RunError::NoBind);
     }
+    let splices = config.profile.relay.mode == RelayMode::Splice;
+    if splices && workers.iter().any(|worker| !worker.features().splice) {
+        return Err(RunError::NoSplice);
+    }
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
     let bell = Notify::new();
     let config = shown::config(config);
@@ -68,13 +70,10 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
-    let missing = if config.profile.relay.mode == RelayMode::Splice {
-        "relay splice is not in this version: use copy or auto"
-    } else if config.profile.relay.mode == RelayMode::Sockmap {
-        "relay sockmap is not in this version: use copy or auto"
-    } else {
+    if config.profile.relay.mode != RelayMode::Sockmap {
         return Ok(());
-    };
+    }
+    let missing = "relay sockmap is not in this version: use copy, splice or auto";
     Err(RunError::NotYet(missing.to_owned()))
 }
 
@@ -99,32 +98,6 @@ fn cpus(workers: &Workers) -> Result<Vec<Option<usize>>, RunError> {
         }
         Workers::Cpus(cpus) => cpus.iter().copied().map(Some).collect(),
     })
-}
-
-/// An equal part for each worker, rounded up.
-fn share(limits: &Limits, workers: usize) -> Share {
-    let workers = u32::try_from(workers).unwrap_or(u32::MAX).max(1);
-    Share {
-        connects_pending_max: limits.connects_pending_max.div_ceil(workers),
-        flows_max: limits.flows_max.div_ceil(workers),
-        flows_per_source_max: limits.flows_per_source_max.div_ceil(workers),
-    }
-}
-
-/// Each worker's table may be as large as the process's limit (io_uring/rsrc.c checks each
-/// registration alone against RLIMIT_NOFILE).
-fn refuse_too_many_descriptors(
-    config: &Config,
-    share: Share,
-    workers: usize,
-) -> Result<(), RunError> {
-    let limit = process::raise_descriptor_limit().map_err(RunError::Runtime)?;
-    let needed = u64::from(share.flows_max) * 2;
-    if needed <= limit {
-        return Ok(());
-    }
-    let flows_max = config.profile.limits.flows_max;
-    Err(RunError::Descriptors { flows_max, limit, needed, workers })
 }
 
 /// For each worker its own socket of every listener.

@@ -120,7 +120,10 @@ impl From<FlowRow> for FlowView {
             id: row.id,
             idle_ms: row.idle.as_millis(),
             original_dst: row.original_dst.map(text),
-            relay: Relays { to_downstream: "copy".to_owned(), to_upstream: "copy".to_owned() },
+            relay: Relays {
+                to_downstream: row.relay_to_downstream.label().to_owned(),
+                to_upstream: row.relay_to_upstream.label().to_owned(),
+            },
             upstream: text(row.upstream),
         }
     }

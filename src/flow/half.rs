@@ -1,159 +1,146 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One direction of a flow: received from one socket, sent to the other, by copy.
+//! One direction of a flow: what of it has ended, and on which path its bytes move.
 //!
-//! Pure bookkeeping: knows what waits, what is armed and what has ended; never decides about the
-//! other direction. Invariants: at most one receive and one send in flight; the queue holds at
-//! most `window_bytes`, because a receive is armed only for the credit that is left.
+//! A path knows how bytes move (`copy.rs`, `splice.rs`), the half knows when to change it. Never
+//! decides about the other direction. Invariant: a path is left only where it is empty: nothing
+//! queued, nothing in flight, no byte in a pipe.
 
-use super::Rules;
-use super::segments::{Queue, Segments};
-use crate::op::{Op, Pool, Request, SEGMENTS_PER_SEND_MAX, Segment, Side};
+use super::copy::Copying;
+use super::splice::Splicing;
+use super::{Promotion, Rules};
+use crate::op::{Op, Relay, Side};
 
 /// One direction of a flow.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Half {
-    /// Bytes sent so far.
+    pub(super) copying: Copying,
+    /// Bytes handed to the target so far.
     pub(super) moved_bytes: u64,
-    pub(super) queue: Queue,
-    pub(super) receive: Receive,
-    pub(super) send: Send,
-    burst: Burst,
-    /// Bytes at the head of the queue that nobody sent us.
-    lead_bytes: u32,
-    /// Segments of the send in flight.
-    sending: u16,
-}
-
-/// What the receiving socket is doing.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Receive {
-    /// A request is in flight.
-    Armed,
-    /// A request is in flight and asked to end, because the queue is long.
-    Cancelled,
+    pub(super) path: Path,
     /// FIN has come: nothing will be read any more.
-    Ended,
-    /// Nothing asked for, because the queue is long or the flow just began.
-    Idle,
-    /// Waiting for a buffer.
-    Starved,
+    pub(super) source_ended: bool,
+    pub(super) splicing: Splicing,
+    pub(super) target: Target,
+    /// `moved_bytes` when it last came back to copy; what was moved since must prove it again.
+    returned_at: u64,
 }
 
-/// What the sending socket is doing.
+/// How the bytes of a direction move now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Send {
+pub(super) enum Path {
+    /// Through provided buffers.
+    Copy,
+    /// Copy empties itself, and descriptors are on their way: splice is next.
+    Leaving,
+    /// Through a pipe.
+    Splice,
+}
+
+/// The socket that is written to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Target {
     /// FIN was asked for; nothing may be sent any more.
     Ended,
-    /// Nothing in flight.
-    Idle,
-    /// A send is in flight.
-    InFlight,
+    /// Takes bytes.
+    Open,
     /// There is no connection yet.
     Unconnected,
 }
 
-/// What one receive request has brought: tells bulk from small talk.
-#[derive(Clone, Copy, Debug)]
-struct Burst {
-    bytes: u32,
-    count: u32,
-    pool: Pool,
-}
-
 impl Half {
-    pub(super) const fn new(send: Send) -> Half {
+    pub(super) const fn new(target: Target) -> Half {
         Half {
-            burst: Burst { bytes: 0, count: 0, pool: Pool::Small },
-            lead_bytes: 0,
+            copying: Copying::new(),
             moved_bytes: 0,
-            queue: Queue::new(),
-            receive: Receive::Idle,
-            send,
-            sending: 0,
+            path: Path::Copy,
+            returned_at: 0,
+            source_ended: false,
+            splicing: Splicing::new(),
+            target,
         }
     }
 
-    /// Everything that came was sent, and nothing more will come.
+    pub(super) const fn relay(&self) -> Relay {
+        match self.path {
+            Path::Copy | Path::Leaving => Relay::Copy,
+            Path::Splice => Relay::Splice,
+        }
+    }
+
+    /// Everything that came was handed on, and nothing more will come.
     pub(super) fn is_flushed(&self) -> bool {
-        self.receive == Receive::Ended && self.queue.is_empty() && self.send == Send::Idle
+        self.source_ended
+            && self.target == Target::Open
+            && self.copying.is_flushed()
+            && self.splicing.is_over()
     }
 
-    /// Puts bytes of our own before everything that will come.
-    pub(super) fn lead(&mut self, segments: &mut Segments, segment: Segment) {
-        self.lead_bytes = segment.len;
-        segments.push(&mut self.queue, segment);
-    }
-
-    pub(super) fn push(&mut self, segments: &mut Segments, segment: Segment) {
-        self.burst.bytes = self.burst.bytes.saturating_add(segment.len);
-        self.burst.count = self.burst.count.saturating_add(1);
-        segments.push(&mut self.queue, segment);
-    }
-
-    /// The pool that ran dry was the bulk one: the small one may serve.
-    pub(super) fn retreat(&mut self) -> bool {
-        let was_bulk = self.burst.pool == Pool::Bulk;
-        self.burst = Burst { bytes: 0, count: 0, pool: Pool::Small };
-        was_bulk
-    }
-
-    /// The socket took so many bytes; false if not all that it was asked to take, which it does
-    /// only when its connection is broken.
-    pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) -> bool {
-        self.send = Send::Idle;
-        let lead = bytes.min(self.lead_bytes);
-        self.lead_bytes -= lead;
-        self.moved_bytes += u64::from(bytes - lead);
-        let before = self.queue.count();
-        segments.advance(&mut self.queue, bytes);
-        before - self.queue.count() == self.sending
-    }
-
-    /// The next receive, if there is room for it and none is in flight.
-    pub(super) fn next_receive(&mut self, side: Side, rules: &Rules) -> Option<Op> {
-        match self.receive {
-            Receive::Armed if self.is_overfull(rules) => {
-                self.receive = Receive::Cancelled;
-                Some(Op::Cancel(Request::Receive(side)))
+    /// Changes the path where it is empty and another one serves better; true if it did, and then
+    /// there may be more to change. `lent`: the descriptors of both sides are here.
+    pub(super) fn steer(&mut self, rules: &Rules, lent: bool) -> bool {
+        let before = self.path;
+        match self.path {
+            Path::Copy if self.deserves_splice(rules) => self.path = Path::Leaving,
+            Path::Leaving if self.source_ended => self.path = Path::Copy,
+            Path::Leaving if lent && self.copying.is_over() => {
+                self.splicing = Splicing::begin(rules);
+                self.path = Path::Splice;
             }
-            Receive::Idle if self.has_room(rules) => {
-                self.receive = Receive::Armed;
-                let pool = self.next_pool(rules);
-                self.burst = Burst { bytes: 0, count: 0, pool };
-                let credit_bytes = rules.window_bytes - self.queue.bytes();
-                Some(Op::Receive { side, credit_bytes, pool })
+            Path::Splice if self.splicing.wants_out() && self.splicing.is_over() => {
+                self.return_to_copy();
             }
-            _ => None,
+            _ => {}
+        }
+        self.path != before
+    }
+
+    /// The next path cannot be had: copy for a while.
+    pub(super) fn stay(&mut self) {
+        if self.path == Path::Leaving {
+            self.return_to_copy();
         }
     }
 
-    /// The next send, if something waits and none is in flight.
-    pub(super) fn next_send(&mut self, from: Side) -> Option<Op> {
-        if self.send != Send::Idle || self.queue.is_empty() {
+    /// The next thing to ask for, if there is one; call it until there is none.
+    pub(super) fn next_op(&mut self, from: Side, rules: &Rules) -> Option<Op> {
+        match self.path {
+            Path::Copy => self.next_send(from).or_else(|| self.next_receive(from, rules)),
+            Path::Leaving => self.next_send(from).or_else(|| self.copying.next_cancel(from)),
+            Path::Splice => self.splicing.next(from, self.source_ended, rules),
+        }
+    }
+
+    fn next_send(&mut self, from: Side) -> Option<Op> {
+        if self.target == Target::Open { self.copying.next_send(from) } else { None }
+    }
+
+    fn next_receive(&mut self, from: Side, rules: &Rules) -> Option<Op> {
+        if self.source_ended {
             return None;
         }
-        self.send = Send::InFlight;
-        self.sending = self.queue.count().min(SEGMENTS_PER_SEND_MAX);
-        Some(Op::Send { from, segments: self.sending })
+        self.copying.next_receive(from, self.moved_bytes, rules)
     }
 
-    fn has_room(&self, rules: &Rules) -> bool {
-        self.queue.bytes() <= rules.window_bytes / 2 && self.queue.count() <= rules.segments_max / 2
+    /// Looked at between two receives, when the last one's bytes are all counted.
+    fn deserves_splice(&self, rules: &Rules) -> bool {
+        let lives = !self.source_ended && self.target == Target::Open;
+        let since = self.moved_bytes.saturating_sub(self.returned_at);
+        let Rules { splice_read_bytes, splice_bulk_read_bytes, .. } = *rules;
+        lives
+            && match rules.splice {
+                Promotion::Always => self.returned_at == 0 || since >= rules.splice_after_bytes,
+                Promotion::Bulk => {
+                    since >= rules.splice_after_bytes
+                        && self.copying.is_between_receives()
+                        && self.copying.fills(splice_read_bytes, splice_bulk_read_bytes)
+                }
+                Promotion::Never => false,
+            }
     }
 
-    /// Reached by many tiny segments, or on kernels whose receive cannot be limited.
-    fn is_overfull(&self, rules: &Rules) -> bool {
-        self.queue.count() >= rules.segments_max || self.queue.bytes() >= rules.window_bytes
-    }
-
-    /// Bulk buffers for a direction that fills them; decided afresh for every receive, so that a
-    /// direction that calms down gives them up.
-    fn next_pool(&self, rules: &Rules) -> Pool {
-        let bulky = self.moved_bytes >= rules.bulk_after_bytes
-            && u64::from(self.burst.bytes)
-                >= u64::from(self.burst.count) * u64::from(rules.bulk_segment_bytes)
-            && self.burst.count > 0;
-        if bulky { Pool::Bulk } else { Pool::Small }
+    fn return_to_copy(&mut self) {
+        self.path = Path::Copy;
+        self.returned_at = self.moved_bytes.max(1);
     }
 }
 

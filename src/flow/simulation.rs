@@ -2,15 +2,18 @@
 //! Random lives of flows against a fake ring, each from a seed.
 //!
 //! The fake ring answers requests in any order, cuts sends short where a connection breaks, fails at
-//! any step, runs out of buffers, lets cancels race, fires timers. Every other flow has a lead, which
-//! goes first: bytes of its downstream that nobody received. What must hold, whatever happens:
+//! any step, runs out of buffers, descriptors and pipes, refuses to splice, lets cancels race, fires
+//! timers. Paths change at any time. Every other flow has a lead, which goes first: bytes of its
+//! downstream that nobody received. What must hold, whatever happens:
 //!
 //! 1. Bytes out are a prefix of bytes in, in order; all of them if both ends finished.
 //! 2. At most one request of a kind is in flight; a socket is closed only when none is.
 //! 3. FIN follows the last byte; each socket is closed exactly once, upstream first.
 //! 4. A direction never holds more than its window or (but for what was on its way) its segments.
-//! 5. Every buffer comes home; a flow that can go on does.
+//! 5. Every buffer, pipe and descriptor comes home, and no pipe with bytes in it is used again; a
+//!    flow that can go on does.
 //! 6. Once a connection has broken, no FIN is sent: the other end must not take it for the end.
+//! 7. What is spliced is not received and sent at the same time.
 //!
 //! Replay one with `WEIR_SEED=<n> cargo test --lib simulation`.
 
@@ -49,6 +52,10 @@ struct Peer {
     /// Bytes sent to it so far; byte number `n` must have the value `n`.
     given: u64,
     got_fin: bool,
+    /// Bytes of it that its pipe holds.
+    in_pipe: u64,
+    /// The ring has lent a descriptor of it.
+    lent: bool,
     closed: Option<bool>,
 }
 
@@ -68,6 +75,11 @@ struct World {
     error_chance: u64,
     queues: [Queue; 2],
     can_limit: bool,
+    /// Pipes and descriptors that can be had.
+    pipes: usize,
+    places: usize,
+    /// Directions that were spliced, and that came back.
+    changes: [u64; 2],
 }
 
 impl World {
@@ -82,7 +94,14 @@ impl World {
             rules: Rules {
                 bulk_after_bytes: random.below(100),
                 bulk_segment_bytes: 8,
+                pipe_bytes: 1 + random.below(60) as u32,
                 segments_max: 2 + random.below(6) as u16,
+                splice: [Promotion::Always, Promotion::Bulk, Promotion::Never]
+                    [random.below(3) as usize],
+                splice_after_bytes: 1 + random.below(60),
+                splice_bulk_read_bytes: random.below(20) as u32,
+                splice_read_bytes: random.below(10) as u32,
+                splice_short_bytes: random.below(12) as u32,
                 window_bytes: 2 + random.below(80) as u32,
             },
             peers: [peer(&mut random), peer(&mut random)],
@@ -96,6 +115,9 @@ impl World {
             queues: [Queue::new(); 2],
             error_chance: [0, 0, 300, 40][random.below(4) as usize],
             can_limit: !random.one_in(4),
+            pipes: random.below(3) as usize,
+            places: random.below(4) as usize,
+            changes: [0; 2],
             random,
         }
     }
@@ -115,9 +137,16 @@ impl World {
                 Op::Send { from, segments } => {
                     assert!(segments > 0 && segments <= flow.queue(from).count());
                 }
-                Op::Receive { credit_bytes, .. } => assert!(credit_bytes > 0),
+                Op::Receive { credit_bytes, side, .. } => {
+                    assert!(credit_bytes > 0);
+                    assert_eq!(self.peers[side as usize].in_pipe, 0, "received around a pipe");
+                }
+                Op::Splice { from, held_bytes, room_bytes } => {
+                    self.check_splice(flow, from, held_bytes, room_bytes);
+                }
+                Op::Uninstall => self.uninstall(),
                 Op::Shutdown(_) => assert!(!self.broken, "FIN after a connection broke"),
-                Op::Connect => {}
+                Op::Await { .. } | Op::Connect | Op::Install(_) => {}
             }
         }
         self.home.extend(std::iter::from_fn(|| self.segments.take_freed()));
@@ -134,7 +163,28 @@ impl World {
         Some(Segment { buffer, offset: 0, len })
     }
 
+    fn check_splice(&self, flow: &Flow, from: Side, held_bytes: u32, room_bytes: u32) {
+        let others = [Request::Receive(from), Request::Send(from), Request::Await(from)];
+        let busy = self.in_flight.iter().find(|(request, _)| others.contains(request));
+        assert!(busy.is_none() && flow.queue(from).is_empty(), "spliced beside {busy:?}");
+        assert!(self.peers.iter().all(|peer| peer.lent), "spliced without descriptors");
+        assert_eq!(u64::from(held_bytes), self.peers[from as usize].in_pipe);
+        assert!(held_bytes + room_bytes <= self.rules.pipe_bytes, "a pipe is overfull");
+        assert!(held_bytes + room_bytes > 0, "a step for nothing");
+    }
+
+    fn uninstall(&mut self) {
+        for peer in &mut self.peers {
+            assert_eq!(peer.in_pipe, 0, "bytes left in a pipe");
+            self.places += usize::from(std::mem::take(&mut peer.lent));
+        }
+    }
+
     fn close(&mut self, side: Side, reset: bool) {
+        for peer in &mut self.peers {
+            self.places += usize::from(std::mem::take(&mut peer.lent));
+            self.pipes += usize::from(std::mem::take(&mut peer.in_pipe) > 0);
+        }
         assert!(self.in_flight.is_empty(), "closed with {:?} in flight", self.in_flight);
         let order = self.peers[Side::Upstream as usize].closed.is_some();
         assert_eq!(order, side == Side::Downstream, "the upstream is closed first");
@@ -176,7 +226,10 @@ impl World {
         }
         self.end(index, request);
         Some(match op {
+            Op::Await { from, .. } => Completion::Ready { from },
+            Op::Install(side) => self.install(side, errno),
             Op::Send { from, segments } => self.send(from, segments, errno),
+            Op::Splice { from, room_bytes, .. } => self.splice(from, u64::from(room_bytes), errno),
             Op::Shutdown(side) => {
                 let peer = &mut self.peers[side as usize];
                 peer.got_fin |= errno.is_none();
@@ -246,15 +299,77 @@ impl World {
         Completion::Sent { from, result: Ok(sent) }
     }
 
+    fn install(&mut self, side: Side, errno: Option<Errno>) -> Completion {
+        let result = match (errno, self.places) {
+            (None, 1..) => Ok(()),
+            _ => Err(Errno(24)), // EMFILE
+        };
+        if result.is_ok() {
+            self.places -= 1;
+            assert!(!std::mem::replace(&mut self.peers[side as usize].lent, true), "lent twice");
+        }
+        Completion::Installed { side, result }
+    }
+
+    /// One step: some of what the source has goes in, some of what the pipe has comes out.
+    fn splice(&mut self, from: Side, room: u64, errno: Option<Errno>) -> Completion {
+        let before = self.peers[from as usize].in_pipe;
+        if before == 0 && self.pipes == 0 {
+            let (drained, filled) = (Err(Errno(EAGAIN)), Err(Errno(ENOBUFS)));
+            return Completion::Spliced { drained, filled, from };
+        }
+        self.pipes -= usize::from(before == 0);
+        let broken = errno.filter(|_| self.random.one_in(2));
+        let filled = self.fill(from, room, errno.filter(|_| broken.is_none()));
+        let drained = self.drain(from, broken);
+        self.pipes += usize::from(self.peers[from as usize].in_pipe == 0);
+        Completion::Spliced { drained, filled, from }
+    }
+
+    fn fill(&mut self, from: Side, room: u64, errno: Option<Errno>) -> Result<u32, Errno> {
+        let peer = &mut self.peers[from as usize];
+        let left = peer.will_send - peer.taken;
+        match errno {
+            _ if room == 0 || self.random.one_in(8) => Err(Errno(EAGAIN)),
+            Some(_) if self.random.one_in(2) => Err(Errno(22)), // EINVAL
+            Some(errno) => Err(errno),
+            None if left == 0 => Ok(0),
+            None => {
+                let bytes = 1 + self.random.below(left.min(room));
+                peer.taken += bytes;
+                peer.in_pipe += bytes;
+                Ok(bytes as u32)
+            }
+        }
+    }
+
+    fn drain(&mut self, from: Side, errno: Option<Errno>) -> Result<u32, Errno> {
+        let held = self.peers[from as usize].in_pipe;
+        if let Some(errno) = errno {
+            return Err(errno);
+        }
+        if held == 0 || self.random.one_in(4) {
+            return Err(Errno(EAGAIN));
+        }
+        let bytes = if self.random.one_in(3) { 1 + self.random.below(held) } else { held };
+        let first = self.peers[from as usize].taken - held;
+        self.peers[from as usize].in_pipe -= bytes;
+        let target = &mut self.peers[from.other() as usize];
+        assert!(!target.got_fin, "bytes after FIN");
+        assert_eq!(first, target.given, "bytes out of order");
+        target.given += bytes;
+        Ok(bytes as u32)
+    }
+
     fn queued(&self, from: Side) -> impl Iterator<Item = Segment> + '_ {
         self.segments.iter(self.queues[from as usize])
     }
 }
 
 /// One life and how it ended; panics where a promise is broken.
-fn live(seed: u64) -> CloseReason {
+fn live(seed: u64) -> (CloseReason, [u64; 2]) {
     let mut world = World::new(seed);
-    let buffers = world.home.len();
+    let home = (world.home.len(), world.pipes, world.places);
     let mut ops = Ops::new();
     let lead = world.lead();
     let lead_bytes = lead.map_or(0, |lead| lead.len);
@@ -266,7 +381,12 @@ fn live(seed: u64) -> CloseReason {
         assert!(steps < 20_000, "the flow goes round in circles");
         world.queues = [flow.queue(Side::Downstream), flow.queue(Side::Upstream)];
         let completion = world.next().expect("a living flow waits for something");
+        let before = Side::BOTH.map(|from| flow.relay(from));
         flow.step(completion, &world.rules, &mut world.segments, &mut ops);
+        let after = Side::BOTH.map(|from| flow.relay(from));
+        for (_, relay) in before.into_iter().zip(after).filter(|(one, other)| one != other) {
+            world.changes[relay as usize] += 1;
+        }
         world.carry(&flow, &mut ops);
         for side in Side::BOTH {
             let held = flow.queue(side);
@@ -275,7 +395,7 @@ fn live(seed: u64) -> CloseReason {
             assert!(held.bytes() <= limit, "{} bytes in a window of {limit}", held.bytes());
         }
     }
-    assert_eq!(world.home.len(), buffers, "every buffer comes home");
+    assert_eq!((world.home.len(), world.pipes, world.places), home, "everything comes home");
     let finished = flow.closed() == Some(CloseReason::Finished);
     assert!(!finished || !world.broken, "a broken connection is no friendly end");
     for side in Side::BOTH {
@@ -289,7 +409,7 @@ fn live(seed: u64) -> CloseReason {
         assert!(!other.got_fin || other.given == peer.will_send, "FIN before the last byte");
         assert!(!finished || other.given == peer.will_send, "bytes were lost");
     }
-    flow.closed().expect("it closed")
+    (flow.closed().expect("it closed"), world.changes)
 }
 
 #[test]
@@ -299,15 +419,18 @@ fn any_order_of_events_keeps_every_promise() {
         eprintln!("seed {seed} ended: {reason:?}");
         return;
     }
-    let mut ended = [0; CloseReason::COUNT];
+    let (mut ended, mut changes) = ([0; CloseReason::COUNT], [0; 2]);
     for seed in 0..SEEDS {
-        let Ok(reason) = std::panic::catch_unwind(|| live(seed)) else {
+        let Ok((reason, changed)) = std::panic::catch_unwind(|| live(seed)) else {
             panic!("replay with WEIR_SEED={seed} cargo test --lib simulation");
         };
         ended[reason as usize] += 1;
+        (0..2).for_each(|relay| changes[relay] += changed[relay]);
     }
     // A simulation that never finishes a flow, or never breaks one, proves little.
     assert!(ended[CloseReason::Finished as usize] > SEEDS / 4, "{ended:?}");
     assert!(ended[CloseReason::UpstreamReset as usize] > SEEDS / 100, "{ended:?}");
     assert!(ended[CloseReason::ConnectTimeout as usize] > 0, "{ended:?}");
+    // And so does one that never changes the path.
+    assert!(changes.iter().all(|count| *count > SEEDS / 20), "{changes:?}");
 }

@@ -100,6 +100,13 @@ fn relay(mut section: Section, relay: &mut Relay, mistakes: &mut Mistakes) {
     set(&mut relay.window_bytes, section.number("window_bytes", 4096..=64 << 20, mistakes));
     set(&mut relay.bulk_after_bytes, section.number("bulk_after_bytes", 0..=1 << 40, mistakes));
     set(&mut relay.segments_max, section.number("segments_max", 2..=4096, mistakes));
+    let after = section.number("splice_after_bytes", 1..=1 << 40, mistakes);
+    set(&mut relay.splice_after_bytes, after);
+    let fullness = section.number("splice_fullness_percent", 0..=100, mistakes);
+    set(&mut relay.splice_fullness_percent, fullness);
+    let short = section.number("splice_short_bytes", 0..=1 << 20, mistakes);
+    set(&mut relay.splice_short_bytes, short);
+    set(&mut relay.pipe_bytes, section.number("pipe_bytes", 4096..=64 << 20, mistakes));
     section.finish(mistakes);
 }
 
@@ -151,6 +158,9 @@ fn limits(mut section: Section, limits: &mut Limits, mistakes: &mut Mistakes) {
     set(&mut limits.flows_per_source_max, per_source);
     let pending = section.number("connects_pending_max", 1..=1_000_000, mistakes);
     set(&mut limits.connects_pending_max, pending);
+    set(&mut limits.pipes_max, section.number("pipes_max", 0..=1_000_000, mistakes));
+    let spliced = section.number("spliced_flows_max", 0..=1_000_000, mistakes);
+    set(&mut limits.spliced_flows_max, spliced);
     set(&mut limits.backlog, section.number("backlog", 1..=65535, mistakes));
     section.finish(mistakes);
 }
@@ -182,6 +192,7 @@ fn relations(section: &Section, profile: &Profile, mistakes: &mut Mistakes) {
         ("ring.completions", ring.completions),
         ("buffers.small_count", u32::from(buffers.small_count)),
         ("buffers.bulk_count", u32::from(buffers.bulk_count)),
+        ("relay.pipe_bytes", relay.pipe_bytes),
     ];
     for (path, value) in powers.into_iter().filter(|(_, value)| !value.is_power_of_two()) {
         let near = value.next_power_of_two();

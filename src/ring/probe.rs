@@ -5,6 +5,7 @@
 //! whose loopback is down is no obstacle.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::{Batch, Event, Ring, RingError};
 use crate::op::{FlowId, Kind, Pool, Side, Token};
+use crate::sys::pipe::{self, Pipe};
 
 /// What this kernel can do beyond the floor.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -26,6 +28,8 @@ pub struct Features {
     pub descriptor_install: bool,
     /// A multishot receive can be limited (6.17): back-pressure without cancelling.
     pub receive_limit: bool,
+    /// Sockets can be spliced through a pipe, and their slots lend descriptors for it.
+    pub splice: bool,
 }
 
 /// A better way that this kernel lacks, and what is done instead: labels of a metric.
@@ -46,6 +50,7 @@ impl Features {
             (self.deferred_work, "deferred_work", "cooperative_work", "6.1"),
             (self.descriptor_install, "descriptor_install", "worker_thread_shutdown", "6.8"),
             (self.receive_limit, "receive_limit", "receive_cancel", "6.17"),
+            (self.splice, "splice", "copy", "6.8"),
         ];
         let lacking = all.into_iter().filter(|(is_there, ..)| !is_there);
         lacking.map(|(_, from, to, since)| Fallback { from, since, to })
@@ -67,7 +72,19 @@ pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     let descriptor_install = install_works(ring)?;
     ring.close(SLOT, Side::Downstream, false);
     let deferred_work = ring.features.deferred_work;
-    Ok(Features { bind, deferred_work, descriptor_install, receive_limit })
+    let splice = descriptor_install && splice_works();
+    Ok(Features { bind, deferred_work, descriptor_install, receive_limit, splice })
+}
+
+/// A byte through a pipe: a seccomp filter may forbid either call.
+fn splice_works() -> bool {
+    let attempt = || {
+        let ((mut near, far), pipe) = (UnixStream::pair()?, Pipe::open(PROBE_PIPE_BYTES)?);
+        near.write_all(b"x")?;
+        pipe::splice(far.as_fd(), pipe.writer.as_fd(), 1)?;
+        pipe::splice(pipe.reader.as_fd(), far.as_fd(), 1)
+    };
+    attempt().is_ok_and(|moved| moved == 1)
 }
 
 /// A receive whose credit its first buffer uses up: old kernels refuse it (EINVAL).
@@ -135,6 +152,7 @@ const fn token(kind: Kind) -> Token {
 
 /// The first slot of the table; free again when the probe is over.
 const SLOT: FlowId = FlowId::new(0);
+const PROBE_PIPE_BYTES: u32 = 4096;
 /// Everything the probe asks for is answered at once; this only bounds a broken kernel.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 static ON: libc::c_int = 1;

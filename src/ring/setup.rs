@@ -2,6 +2,7 @@
 //! Opens a ring with the best flags this kernel takes, or says in one line why there is none.
 #![expect(unsafe_code, reason = "one registration the crate has no call for")]
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 
@@ -10,6 +11,7 @@ use io_uring::IoUring;
 use super::buffers::Buffers;
 use super::cancels::Cancels;
 use super::headers::Headers;
+use super::pipes::{Pipes, SpliceLimits};
 use super::scratch::Scratch;
 use super::spin::Spin;
 use super::turn::COMPLETIONS_PER_TURN_MAX;
@@ -31,6 +33,8 @@ pub struct Setup<'a> {
     pub headers: u16,
     /// Sizes of the queues, and how long to spin.
     pub ring: &'a profile::Ring,
+    /// What may be spliced at a time.
+    pub splice: SpliceLimits,
 }
 
 /// Why there is no ring, or no more.
@@ -143,14 +147,19 @@ impl Ring {
             dial: Box::new(setup.dial),
             name: Box::new(socket::no_address()),
             again: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
+            answers: Vec::with_capacity(setup.flows_max as usize * 2),
             broken: None,
             cancels: Cancels::new(setup.flows_max),
             enters: 0,
             features: Features { deferred_work, ..Features::default() },
             flows_max: setup.flows_max,
             overflows: 0,
+            pipes: Pipes::new(setup.flows_max, setup.splice),
             scratch: Scratch::new(),
             spin: Spin::new(setup.ring.spin),
+            steps: VecDeque::with_capacity(
+                setup.splice.flows_max.min(setup.flows_max) as usize * 2,
+            ),
         };
         ring.features = probe::probe(&mut ring).map_err(|error| match error {
             RingError::Enter { source } => refused(source),

@@ -28,8 +28,9 @@ impl Bench {
 
     fn with(sockets: profile::Sockets, ring: profile::Ring) -> Bench {
         let dial = DialOptions::new(&sockets, None);
-        let setup =
-            Setup { buffers: &BUFFERS, dial, flows_max: FLOWS_MAX, headers: 4, ring: &ring };
+        let splice = SpliceLimits { flows_max: 2, pipe_bytes: 65536, pipes_max: 2 };
+        let (flows_max, headers, ring) = (FLOWS_MAX, 4, &ring);
+        let setup = Setup { buffers: &BUFFERS, dial, flows_max, headers, ring, splice };
         Bench { batch: Batch::new(), ring: Ring::open(setup).unwrap() }
     }
 

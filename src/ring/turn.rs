@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use io_uring::{cqueue, types};
 
+use super::pipes::Pipes;
 use super::{Ring, RingError};
-use crate::op::{BufferId, Token};
+use crate::op::{BufferId, Kind, Side, Token};
 use crate::sys::socket;
 
 /// One completion, as the kernel gave it.
@@ -70,7 +71,7 @@ impl Ring {
         }
         self.small.publish();
         self.bulk.publish();
-        if !self.io.completion().is_empty() {
+        if self.has_work() || !self.io.completion().is_empty() {
             // Left over from the last turn: there is work, so do not wait for more.
             self.enter(0, None)?;
         } else if self.spin.is_on() {
@@ -191,6 +192,10 @@ impl Ring {
             self.cancels.end(event.token);
         }
         batch.next = 0;
+        while batch.events.len() < COMPLETIONS_PER_TURN_MAX {
+            let Some(answer) = self.answers.pop() else { break };
+            batch.events.push(answer);
+        }
         self.overflows += u64::from(self.io.submission().cq_overflow());
         let mut queue = self.io.completion();
         while batch.events.len() + self.again.len() < COMPLETIONS_PER_TURN_MAX {
@@ -214,6 +219,9 @@ impl Ring {
                     continue;
                 }
                 event.result = shut_down(event.result);
+            }
+            if let Some(Kind::InstallDownstream | Kind::InstallUpstream) = event.token.kind() {
+                event.result = installed(&mut self.pipes, event);
             }
             if let Some(buffer) = event.buffer {
                 if self.small.owns(buffer) { self.small.taken() } else { self.bulk.taken() }
@@ -253,6 +261,15 @@ fn shut_down(lent: i32) -> i32 {
     let lent = socket::accepted(lent);
     socket::shutdown_write(lent.as_fd())
         .map_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO), |()| 0)
+}
+
+/// A descriptor was lent to stay, or not.
+fn installed(pipes: &mut Pipes, event: Event) -> i32 {
+    if event.result < 0 {
+        return event.result;
+    }
+    let side = event.token.kind().map_or(Side::Downstream, Kind::side);
+    pipes.keep(event.token.flow(), side, socket::accepted(event.result))
 }
 
 impl std::fmt::Debug for Ring {

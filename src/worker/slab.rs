@@ -167,10 +167,10 @@ impl Entry {
 mod tests {
     use super::*;
     use crate::flow::{Flow, Ops, Rules, Segments};
+    use crate::profile::Profile;
 
     fn flow() -> Flow {
-        let rules =
-            Rules { bulk_after_bytes: 1, bulk_segment_bytes: 1, segments_max: 4, window_bytes: 64 };
+        let rules = Rules::new(&Profile::default(), false);
         Flow::open(None, &rules, &mut Segments::new(0), &mut Ops::new())
     }
 

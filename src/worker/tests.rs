@@ -24,7 +24,7 @@ struct Forwarder {
 impl Forwarder {
     fn start(endpoints: Vec<SocketAddr>, change: impl FnOnce(&mut Profile, &mut Share)) -> Self {
         let mut profile = small_profile();
-        let mut share = Share { connects_pending_max: 64, flows_max: 256, flows_per_source_max: 0 };
+        let mut share = SHARE;
         change(&mut profile, &mut share);
         let options = ListenOptions { backlog: 1024, nodelay: true, ..ListenOptions::default() };
         let fd = socket::listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
@@ -102,12 +102,18 @@ fn small_profile() -> Profile {
             connects_pending_max: 64,
             flows_max: 256,
             flows_per_source_max: 0,
+            pipes_max: 16,
+            spliced_flows_max: 64,
         },
         name: "test".into(),
         relay: profile::Relay {
             bulk_after_bytes: 65536,
             mode: profile::RelayMode::Copy,
+            pipe_bytes: 65536,
             segments_max: 16,
+            splice_after_bytes: 65536,
+            splice_fullness_percent: 10,
+            splice_short_bytes: 1,
             window_bytes: 65536,
         },
         ring: profile::Ring { completions: 1024, entries: 256, spin: Duration::ZERO },
@@ -327,7 +333,7 @@ fn stopped_reader_stops_the_writer_and_loses_nothing() {
 #[test]
 fn more_clients_than_flows_wait_their_turn() {
     let forwarder = Forwarder::start(vec![server(echo)], |_, share| {
-        *share = Share { flows_max: 4, connects_pending_max: 2, flows_per_source_max: 0 };
+        *share = Share { flows_max: 4, connects_pending_max: 2, ..SHARE };
     });
     let clients: Vec<_> = (0..32)
         .map(|_| {
@@ -413,5 +419,12 @@ fn hold(stream: TcpStream) -> TcpStream {
     stream
 }
 
+const SHARE: Share = Share {
+    connects_pending_max: 64,
+    flows_max: 256,
+    flows_per_source_max: 0,
+    pipes_max: 16,
+    spliced_flows_max: 64,
+};
 /// No test waits longer than this for anything.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -17,10 +17,11 @@ use super::{FlowRow, Setup};
 use crate::flow::{Flow, Ops, Rules, Segments};
 use crate::metrics::Counters;
 use crate::op::{
-    CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Segment, Side, Timer, Token,
+    CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Readiness, Request, Segment, Side,
+    Timer, Token,
 };
 use crate::profile::Timeouts;
-use crate::ring::{Batch, Event, Ring, RingError};
+use crate::ring::{Batch, Event, Ring, RingError, Spliced};
 use crate::service::Picker;
 
 /// Everything one worker owns.
@@ -72,6 +73,7 @@ impl Worker {
         while let Some(event) = self.batch.next() {
             self.handle(event);
         }
+        self.splice();
         self.return_buffers();
         self.feed_starved();
         self.expire();
@@ -109,6 +111,20 @@ impl Worker {
         }
     }
 
+    /// Steps of pipes, as many as leave the rest of the turn its time.
+    fn splice(&mut self) {
+        for _ in 0..STEPS_PER_TURN_MAX {
+            let Some((token, Spliced { drained, filled })) = self.ring.next_spliced() else {
+                return;
+            };
+            let from = token.kind().map_or(Side::Downstream, Kind::side);
+            let (drained, filled) = (count(drained), count(filled));
+            if self.slab.living(token.flow(), token.generation()).is_some() {
+                self.step(token.flow(), Completion::Spliced { drained, filled, from });
+            }
+        }
+    }
+
     /// Begins a flow in `slot`, whose downstream socket the ring holds already.
     pub(super) fn open(&mut self, slot: FlowId, peers: Peers, lead: Option<Segment>) {
         let mut ops = Ops::new();
@@ -134,27 +150,19 @@ impl Worker {
         let Some(entry) = self.slab.entry(slot) else { return };
         let Some(flow) = entry.flow.as_mut() else { return };
         let was_connecting = flow.is_connecting();
-        let sent = match completion {
-            Completion::Sent { from, .. } => Some((from, flow.moved_bytes(from))),
-            _ => None,
-        };
+        let before = Side::BOTH.map(|from| (flow.relay(from), flow.moved_bytes(from)));
         let mut ops = Ops::new();
         flow.step(completion, &self.rules, &mut self.segments, &mut ops);
         entry.times.active = self.clock.now();
         if was_connecting && !flow.is_connecting() {
             self.listening.connect_ended();
         }
-        if let Some((from, before)) = sent {
-            let bytes = flow.moved_bytes(from) - before;
-            let origin = self.listening.origin(entry.peers.listener) as usize;
-            let counter = match from {
-                Side::Downstream => self.counters.bytes_to_upstream.get(origin),
-                Side::Upstream => self.counters.bytes_to_downstream.get(origin),
-            };
-            if let Some(counter) = counter {
-                counter.add(bytes);
-            }
+        let origin = self.listening.origin(entry.peers.listener);
+        for (from, (relay, moved)) in Side::BOTH.into_iter().zip(before) {
+            self.counters.moved(origin, from, relay, flow.moved_bytes(from) - moved);
+            self.counters.changed(relay, flow.relay(from));
         }
+        self.counters.fell(flow.take_fall());
         self.carry(slot, &mut ops);
         self.settle(slot);
     }
@@ -173,20 +181,35 @@ impl Worker {
                         self.starved.push_back((slot, side));
                     }
                 }
+                Op::Await { from, readiness } => {
+                    let side = if readiness == Readiness::Readable { from } else { from.other() };
+                    self.ring.await_ready(token(Kind::of(Request::Await(from))), side, readiness);
+                }
                 Op::Cancel(request) => self.ring.cancel(token(Kind::of(request))),
                 Op::Close { side, reset } => self.ring.close(slot, side, reset),
                 Op::Connect => {
                     let Peers { upstream, source, .. } = entry.peers;
                     self.ring.dial(token(Kind::Connect), upstream, source);
                 }
+                Op::Install(side) => {
+                    self.ring.install(token(Kind::of(Request::Install(side))), side);
+                }
                 Op::Receive { side, credit_bytes, pool } => {
-                    self.ring.receive(token(receive_kind(side)), side, credit_bytes, pool);
+                    let token = token(Kind::of(Request::Receive(side)));
+                    self.ring.receive(token, side, credit_bytes, pool);
                 }
                 Op::Send { from, segments } => {
                     let queue = self.segments.iter(flow.queue(from)).take(usize::from(segments));
-                    self.ring.send(token(send_kind(from)), from.other(), queue);
+                    self.ring.send(token(Kind::of(Request::Send(from))), from.other(), queue);
                 }
-                Op::Shutdown(side) => self.ring.shutdown(token(shutdown_kind(side)), side),
+                Op::Shutdown(side) => {
+                    self.ring.shutdown(token(Kind::of(Request::Shutdown(side))), side);
+                }
+                Op::Splice { from, held_bytes, room_bytes } => {
+                    let token = token(Kind::of(Request::Splice(from)));
+                    self.ring.splice(token, from, held_bytes, room_bytes);
+                }
+                Op::Uninstall => self.ring.uninstall(slot),
             }
         }
     }
@@ -311,6 +334,8 @@ impl Worker {
                 idle: Clock::span(now.wrapping_sub(entry.times.active)),
                 origin: self.listening.origin(entry.peers.listener),
                 original_dst: entry.peers.original_dst,
+                relay_to_downstream: flow.relay(Side::Upstream),
+                relay_to_upstream: flow.relay(Side::Downstream),
                 upstream: entry.peers.upstream,
             })
             .collect()
@@ -338,13 +363,15 @@ impl TimerTicks {
 /// What the ring's event means to the flow. A receive whose buffer comes empty gives it back.
 fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Completion> {
     let Event { result, buffer, more, .. } = event;
-    let count = u32::try_from(result).map_err(|_| Errno(-result));
+    let (count, side) = (count(result), kind.side());
     let done = count.map(|_| ());
     Some(match kind {
+        Kind::AwaitDownstream | Kind::AwaitUpstream => Completion::Ready { from: side },
         Kind::Connect => Completion::Connected(done),
+        Kind::InstallDownstream | Kind::InstallUpstream => {
+            Completion::Installed { side, result: done }
+        }
         Kind::ReceiveDownstream | Kind::ReceiveUpstream => {
-            let side =
-                if kind == Kind::ReceiveUpstream { Side::Upstream } else { Side::Downstream };
             let result = match (count, buffer) {
                 (Ok(len @ 1..), Some(buffer)) => Ok(Some(Segment { buffer, offset: 0, len })),
                 (count, buffer) => {
@@ -356,24 +383,21 @@ fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Compl
             };
             Completion::Received { side, result, more }
         }
-        Kind::SendDownstream => Completion::Sent { from: Side::Downstream, result: count },
-        Kind::SendUpstream => Completion::Sent { from: Side::Upstream, result: count },
-        Kind::ShutdownDownstream => Completion::ShutDown { side: Side::Downstream, result: done },
-        Kind::ShutdownUpstream => Completion::ShutDown { side: Side::Upstream, result: done },
+        Kind::SendDownstream | Kind::SendUpstream => Completion::Sent { from: side, result: count },
+        Kind::ShutdownDownstream | Kind::ShutdownUpstream => {
+            Completion::ShutDown { side, result: done }
+        }
+        // Steps come by themselves, not as events.
+        Kind::SpliceDownstream | Kind::SpliceUpstream => return None,
         Kind::Accept | Kind::Mailbox | Kind::Quiet => return None,
     })
 }
 
-const fn receive_kind(side: Side) -> Kind {
-    Kind::of(crate::op::Request::Receive(side))
-}
-
-const fn send_kind(from: Side) -> Kind {
-    Kind::of(crate::op::Request::Send(from))
-}
-
-const fn shutdown_kind(side: Side) -> Kind {
-    Kind::of(crate::op::Request::Shutdown(side))
+/// As the kernel says it: a count, or a negated errno.
+fn count(result: i32) -> Result<u32, Errno> {
+    u32::try_from(result).map_err(|_| Errno(-result))
 }
 
 const MAILBOX: Token = Token::new(Kind::Mailbox, FlowId::new(0), 0);
+/// Each moves up to a pipe's worth: together a few milliseconds at most.
+const STEPS_PER_TURN_MAX: usize = 32;

@@ -5,7 +5,8 @@ use super::*;
 
 fn open_error(flows_max: u32) -> String {
     let dial = DialOptions::new(&sockets(), None);
-    let setup = Setup { buffers: &BUFFERS, dial, flows_max, headers: 1, ring: &RING };
+    let (headers, splice) = (1, SpliceLimits::default());
+    let setup = Setup { buffers: &BUFFERS, dial, flows_max, headers, ring: &RING, splice };
     Ring::open(setup).unwrap_err().to_string()
 }
 
