@@ -20,6 +20,7 @@ pub mod flow;
 pub mod op;
 pub mod ring;
 pub mod service;
+pub mod wire;
 
 pub mod bpf;
 pub mod sys;

@@ -143,7 +143,7 @@ fn links_of_the_docs_lead_somewhere() {
 }
 
 /// Who may use whom; leaves are allowed to everybody above them.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("addr", &[]),
     ("bpf", &["op", "sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
@@ -172,5 +172,6 @@ const LAYERS: [(&str, &[&str]); 17] = [
             "service",
         ],
     ),
+    ("wire", &[]),
     ("yaml", &[]),
 ];
