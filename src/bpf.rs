@@ -190,7 +190,7 @@ impl ConnectHook {
     ///
     /// # Errors
     ///
-    /// A cgroup is not there, or the kernel refuses a program; nothing new is pinned then.
+    /// A cgroup is not there, or the kernel refuses a program.
     pub fn attach(&mut self) -> Result<(), HookError> {
         if self.pulse.is_none() {
             let failed = |source| HookError::Pulse { source, step: "start the pulse" };
@@ -204,7 +204,40 @@ impl ConnectHook {
                 result = result.and(attached.map(|attached| self.attached.push(attached)));
             }
         }
-        result.and_then(|()| self.settle())
+        result
+    }
+
+    /// Pins what shall stay, and removes what an earlier weir pinned for this network namespace and
+    /// what is not needed any more. The last step of an attach.
+    ///
+    /// # Errors
+    ///
+    /// There is no bpffs, it is not ours alone, or a step was refused.
+    pub fn settle(&self) -> Result<(), HookError> {
+        let mut wanted = Vec::new();
+        if self.closed {
+            let pins = Pins::open()?;
+            for attached in &self.attached {
+                let Some(number) = number_of(&attached.cgroup) else { continue };
+                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
+                    let place = pins.place(self.namespace, number, part.name);
+                    if pins::adopt(&place, number).is_none() {
+                        pins::pin(link, &place)?;
+                    }
+                    wanted.push(place);
+                }
+            }
+        }
+        let Some(pins) = Pins::find() else { return Ok(()) };
+        let is_over =
+            |pinned: &Pinned| pinned.netns == self.namespace && !wanted.contains(&pinned.path);
+        for pinned in pins.list().into_iter().filter(is_over) {
+            pins::remove(&pinned.path)?;
+        }
+        if wanted.is_empty() {
+            pins.tidy();
+        }
+        Ok(())
     }
 
     /// Every cgroup at its path is the one to which the programs are attached.
@@ -265,35 +298,6 @@ impl ConnectHook {
         Ok(attached)
     }
 
-    /// Pins what shall stay, and removes what an earlier weir pinned for this network namespace and
-    /// what is not needed any more.
-    fn settle(&self) -> Result<(), HookError> {
-        let mut wanted = Vec::new();
-        if self.closed {
-            let pins = Pins::open()?;
-            for attached in &self.attached {
-                let Some(number) = number_of(&attached.cgroup) else { continue };
-                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
-                    let place = pins.place(self.namespace, number, part.name);
-                    if pins::adopt(&place, number).is_none() {
-                        pins::pin(link, &place)?;
-                    }
-                    wanted.push(place);
-                }
-            }
-        }
-        let Some(pins) = Pins::find() else { return Ok(()) };
-        let is_over =
-            |pinned: &Pinned| pinned.netns == self.namespace && !wanted.contains(&pinned.path);
-        for pinned in pins.list().into_iter().filter(is_over) {
-            pins::remove(&pinned.path)?;
-        }
-        if wanted.is_empty() {
-            pins.tidy();
-        }
-        Ok(())
-    }
-
     fn program(&self, part: &Part) -> Result<BorrowedFd<'_>, HookError> {
         let program = self.bpf.program(part.name).ok_or(HookError::Built(part.name))?;
         let fd = match program {
@@ -330,6 +334,19 @@ pub fn unpin() -> Result<(), HookError> {
         pins.tidy();
     }
     Ok(())
+}
+
+/// The number of the cgroup at `path`, and those of our programs that the connects of its processes
+/// meet.
+///
+/// # Errors
+///
+/// There is no such cgroup, or we may not ask.
+pub fn programs_on(path: &Path) -> Result<(u64, Vec<String>), HookError> {
+    let number = number_of(&cgroup::open(path)?).unwrap_or_default();
+    let all = neighbours::on_the_way(path)?;
+    let names = all.into_iter().map(|(_, _, name)| name).filter(|name| neighbours::is_ours(name));
+    Ok((number, names.collect()))
 }
 
 impl Attached {
@@ -435,5 +452,8 @@ const PARTS: &[Part] = &[
     Part { name: "weir_connect4", place: Place::Connect4, redirects: true },
     Part { name: "weir_connect6", place: Place::Connect6, redirects: true },
 ];
+/// The programs by their names.
+pub const PROGRAMS: [&str; 5] =
+    ["weir_peer4", "weir_peer6", SOCKOPS, "weir_connect4", "weir_connect6"];
 /// There where the kernel has MPTCP.
 const MPTCP: &str = "/proc/sys/net/mptcp/enabled";

@@ -11,19 +11,25 @@ use std::sync::Arc;
 
 use crate::bpf::{ConnectHook, HookError, neighbours};
 use crate::sys::cgroup::CgroupError;
+use crate::sys::netlink::Changes;
+
+use guard::Guard;
 
 pub use crate::bpf::{Filters, HookPlan, Losses, Records};
 pub use own_ports::OwnPorts;
 pub use plan::{Inbound, Netfilter, Outbound, Plan, Way, Workload};
 pub use route::Step;
+pub use rules::{Kind, Left, Rule, State, clear, conntrack_use, leftovers};
 pub use source_ports::{PortCounts, SourcePorts};
 
 mod connect;
+mod guard;
 mod nft;
 mod own_ports;
 mod plan;
 mod redirect;
 mod route;
+mod rules;
 mod source_ports;
 mod tproxy;
 
@@ -38,10 +44,53 @@ pub struct Prepared {
 /// Traffic is being taken. Dropping it lets traffic go its own way again.
 #[derive(Debug)]
 pub struct Capture {
+    /// Of rules, routes and tables in this network namespace; `None` where nobody tells.
+    changes: Option<Changes>,
+    guard: Option<Guard>,
     hooks: Vec<ConnectHook>,
     plan: Plan,
     routes: Option<route::Routes>,
     table: Option<nft::Table>,
+}
+
+/// A part of a capture that can go missing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Part {
+    /// A workload's cgroup, and our programs with it.
+    Cgroup,
+    /// The nft table that refuses.
+    Guard,
+    /// The way of marked packets.
+    Routes,
+    /// The nft table that takes.
+    Table,
+}
+
+impl Part {
+    /// All parts.
+    pub const ALL: [Part; 4] = [Part::Cgroup, Part::Guard, Part::Routes, Part::Table];
+
+    /// For labels of metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Part::Cgroup => "cgroup",
+            Part::Guard => "guard",
+            Part::Routes => "routes",
+            Part::Table => "table",
+        }
+    }
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Part::Cgroup => "workload's cgroup",
+            Part::Guard => "nft table that refuses",
+            Part::Routes => "fwmark rule",
+            Part::Table => "nft table",
+        })
+    }
 }
 
 /// Why traffic cannot be taken here. Nothing was changed.
@@ -50,6 +99,12 @@ pub enum CaptureError {
     /// The workload's cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Rules here belong to somebody who lives.
+    #[error(
+        "a running weir holds the rules in this network namespace: nothing was changed (end it \
+         first: `weir drain`)"
+    )]
+    Held,
     /// The connect hook.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -153,8 +208,16 @@ impl Prepared {
         let marks = plan.marks();
         let routes = (!marks.is_empty()).then(|| route::Routes::install(marks)).transpose()?;
         let table = Some(nft::Table::install(&draft)?);
-        let mut capture = Capture { hooks, plan, routes, table };
+        // Before anything that it shall tell about is looked at for the first time.
+        let changes = Changes::listen().ok();
+        let mut capture = Capture { changes, guard: None, hooks, plan, routes, table };
         capture.hooks.iter_mut().try_for_each(ConnectHook::attach)?;
+        // Last of all what stays when we are gone: a start that fails leaves nothing behind.
+        match guard::text(&capture.plan)? {
+            Some(text) => capture.guard = Some(Guard::install(text)?),
+            None => guard::remove()?,
+        }
+        capture.hooks.iter().try_for_each(ConnectHook::settle)?;
         Ok(capture)
     }
 }
@@ -189,41 +252,58 @@ impl Capture {
         names
     }
 
-    /// Puts back what somebody has taken away, and says what it was. `None`: nothing is missing.
+    /// What is missing or changed, if anything is. Costs a few system calls while nobody changes
+    /// rules, routes or tables here.
+    pub fn missing(&mut self) -> Option<Part> {
+        if !self.table.as_mut().is_some_and(nft::Table::stands) {
+            return Some(Part::Table);
+        }
+        if self.changes.as_mut().is_none_or(Changes::any) {
+            if !self.plan.marks().is_empty()
+                && !self.routes.as_ref().is_some_and(route::Routes::stand)
+            {
+                return Some(Part::Routes);
+            }
+            if self.guard.as_ref().is_some_and(|guard| !guard.stands()) {
+                return Some(Part::Guard);
+            }
+            if let Some(changes) = &mut self.changes {
+                changes.seen();
+            }
+        }
+        self.hooks.iter().any(|hook| !hook.stands()).then_some(Part::Cgroup)
+    }
+
+    /// Puts back what is missing.
     ///
     /// # Errors
     ///
     /// It cannot be put back.
-    pub fn mend(&mut self) -> Option<(&'static str, Result<(), CaptureError>)> {
-        if !self.table.as_mut().is_some_and(nft::Table::stands) {
-            self.table = None;
-            let draft = nft::draft(&self.plan, accepts_marks());
-            let table = draft.and_then(|draft| nft::Table::install(&draft));
-            return Some(("nft table", table.map(|table| self.table = Some(table))));
-        }
-        let marks = self.plan.marks();
-        if !marks.is_empty() && !self.routes.as_ref().is_some_and(route::Routes::stand) {
-            // What is half there is put right, not removed first: flows need it.
-            if let Some(routes) = self.routes.take() {
-                std::mem::forget(routes);
+    pub fn mend(&mut self, part: Part) -> Result<(), CaptureError> {
+        match part {
+            Part::Cgroup => {
+                let gone = self.hooks.iter_mut().filter(|hook| !hook.stands());
+                gone.map(|hook| hook.attach().and_then(|()| hook.settle()))
+                    .fold(Ok(()), Result::and)
+                    .map_err(CaptureError::from)
             }
-            let routes = route::Routes::install(marks);
-            return Some(("fwmark rule", routes.map(|routes| self.routes = Some(routes))));
+            Part::Guard => self.guard.as_mut().map_or(Ok(()), Guard::mend),
+            Part::Routes => {
+                // What is half there is put right, not removed first: flows need it.
+                if let Some(routes) = self.routes.take() {
+                    std::mem::forget(routes);
+                }
+                self.routes = Some(route::Routes::install(self.plan.marks())?);
+                Ok(())
+            }
+            Part::Table => {
+                self.table = None;
+                let draft = nft::draft(&self.plan, accepts_marks())?;
+                self.table = Some(nft::Table::install(&draft)?);
+                Ok(())
+            }
         }
-        let hook = self.hooks.iter_mut().find(|hook| !hook.stands())?;
-        Some(("workload's cgroup", hook.attach().map_err(CaptureError::from)))
     }
-}
-
-/// Removes what a killed weir has left in this network namespace, and says what that was: rules and
-/// routes that no packet meets. Call it only while no weir captures here; asked again, it finds
-/// nothing.
-///
-/// # Errors
-///
-/// `ip` is missing.
-pub fn clear_leftovers() -> Result<Vec<String>, CaptureError> {
-    route::clear()
 }
 
 impl Drop for Capture {
@@ -238,10 +318,12 @@ impl Drop for Capture {
 
 /// Sockets that a workload accepts inherit the mark of the packets that reached them.
 fn accepts_marks() -> bool {
-    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept")
+    std::fs::read_to_string(format!("/proc/sys/{}", ACCEPT_MARK.replace('.', "/")))
         .is_ok_and(|text| text.trim() == "1")
 }
 
+/// What `accepts_marks` asks.
+const ACCEPT_MARK: &str = "net.ipv4.tcp_fwmark_accept";
 /// `SO_MARK` of our own sockets, under `MARK_MASK`: never taken, never tracked.
 pub const OWN_MARK: u32 = 0x539;
 /// `SO_MARK` of sockets that dial under a client's address, under `MARK_MASK`. The workload's

@@ -17,6 +17,7 @@ mod check;
 mod demo;
 mod forward;
 mod pages;
+mod rules;
 mod run;
 mod tune;
 
@@ -71,6 +72,11 @@ enum Verb {
         /// Where; made if it is not there
         directory: PathBuf,
     },
+    /// Show, prepare or remove what capture changes in the kernel, in this network namespace
+    Rules {
+        #[command(subcommand)]
+        verb: RulesVerb,
+    },
     /// Run with a config file
     Run {
         /// The config file
@@ -110,6 +116,41 @@ enum ConfigVerb {
         /// How to show it
         #[arg(short, long, value_enum, default_value = "yaml")]
         output: ShowAs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum RulesVerb {
+    /// Make what can stand without a running weir: the way of marked packets and, with `on_exit:
+    /// closed`, what refuses traffic until weir runs. `weir run` does the rest
+    Apply {
+        /// The config file
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        /// Change nothing: print every step of `weir run` and its undo, to run by hand
+        #[arg(long)]
+        dry_run: bool,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Remove what weir has left, dead or ended; a running one keeps what it holds
+    Clear {
+        /// Change nothing: print the steps
+        #[arg(long)]
+        dry_run: bool,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Show what a config asks for and what is there
+    Show {
+        /// The config file
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
     },
 }
 
@@ -243,6 +284,7 @@ pub fn run() -> Result<(), Failure> {
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Man { directory } => pages::man(&directory),
+        Verb::Rules { verb } => rules::run(verb),
         Verb::Run { config } => run::run(&config),
         Verb::Services(ask) => ask::services(&ask.ask.socket, ask.output),
         Verb::Status { ask, wait } => ask::status(&ask.ask.socket, ask.output, wait),

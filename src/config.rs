@@ -36,6 +36,8 @@ pub struct Config {
     pub forward: Vec<Forward>,
     /// Capture of traffic to the workload.
     pub inbound: Option<Inbound>,
+    /// What happens when somebody else removes or changes rules of ours.
+    pub on_change: OnChange,
     /// What captured traffic meets when weir is gone.
     pub on_exit: OnExit,
     /// Capture of traffic from the workload.
@@ -156,6 +158,15 @@ pub enum SourceAddress {
     Keep,
     /// Ours.
     Own,
+}
+
+/// What happens when somebody else removes or changes rules of ours.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OnChange {
+    /// It is said, and weir is not ready until they are back.
+    Alarm,
+    /// They are put back.
+    Repair,
 }
 
 /// What captured traffic meets when weir is gone.

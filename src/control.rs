@@ -16,13 +16,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
 use crate::capture::{CaptureError, OWN_MARK, Plan, Records};
-use crate::config::Config;
+use crate::config::{Config, OnChange};
 use crate::profile::Profile;
 use crate::ring::Fallback;
 use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
-use capturing::Capturing;
+use capturing::{Capturing, RulesLost};
 use services::Services;
 
 mod admin;
@@ -32,6 +32,7 @@ mod checks;
 pub mod client;
 mod descriptors;
 mod exposition;
+pub mod rules;
 mod services;
 pub mod shown;
 mod start;
@@ -153,7 +154,10 @@ struct Running {
     draining: AtomicBool,
     /// Rung when somebody asks to drain.
     bell: Notify,
+    on_change: OnChange,
     profile: Arc<Profile>,
+    /// What others did to the capture.
+    rules_lost: RulesLost,
     /// Of the connect hook, if there is one.
     records: Option<Arc<Records>>,
     services: Arc<Services>,

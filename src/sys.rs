@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod memory;
+pub mod netlink;
 pub mod pipe;
 pub mod process;
 pub mod socket;

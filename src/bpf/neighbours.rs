@@ -29,26 +29,36 @@ pub struct Neighbour {
 ///
 /// There is no such cgroup, or we may not ask.
 pub fn neighbours(cgroup: &Path) -> Result<Vec<Neighbour>, HookError> {
-    let cgroup = cgroup::open(cgroup)?;
     let mut found = Vec::new();
-    for (place, word) in [(Place::Connect4, "connect4"), (Place::Connect6, "connect6")] {
+    let mut ours_came = [false; 2];
+    for (place, id, name) in on_the_way(cgroup)? {
+        let came = &mut ours_came[usize::from(place == PLACES[1].1)];
+        if is_ours(&name) {
+            *came = true;
+        } else {
+            found.push(Neighbour { after: *came, id, name, place });
+        }
+    }
+    Ok(found)
+}
+
+/// All programs that connects of `cgroup` pass, in their order: place, number and name.
+pub(super) fn on_the_way(cgroup: &Path) -> Result<Vec<(&'static str, u32, String)>, HookError> {
+    let cgroup = cgroup::open(cgroup)?;
+    let mut all = Vec::new();
+    for (place, word) in PLACES {
         let ids = links::attached(cgroup.as_fd(), place).map_err(|source| HookError::Program {
             program: word,
             said: source.to_string(),
             step: "list",
         })?;
-        let named = |id| (id, name_of(id).unwrap_or_default());
-        let named: Vec<(u32, String)> = ids.into_iter().map(named).collect();
-        let is_ours = |name: &str| name.starts_with(OURS);
-        let first = named.iter().position(|(_, name)| is_ours(name));
-        for (index, (id, name)) in named.into_iter().enumerate() {
-            if !is_ours(&name) {
-                let after = first.is_some_and(|first| index > first);
-                found.push(Neighbour { after, id, name, place: word });
-            }
-        }
+        all.extend(ids.into_iter().map(|id| (word, id, name_of(id).unwrap_or_default())));
     }
-    Ok(found)
+    Ok(all)
+}
+
+pub(super) fn is_ours(name: &str) -> bool {
+    name.starts_with(OURS)
 }
 
 fn name_of(id: u32) -> Option<String> {
@@ -58,3 +68,4 @@ fn name_of(id: u32) -> Option<String> {
 
 /// Ours are named so.
 const OURS: &str = "weir_";
+const PLACES: [(Place, &str); 2] = [(Place::Connect4, "connect4"), (Place::Connect6, "connect6")];

@@ -80,6 +80,15 @@ pub(super) fn matching(workload: Option<&Workload>) -> Result<Vec<String>, Captu
     }
 }
 
+/// Does what `text` says, in one transaction.
+pub(super) fn change(step: &str, text: &str) -> Result<(), CaptureError> {
+    let output = nft(&["-f", "-"], text)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(refused(step, &String::from_utf8_lossy(&output.stderr)))
+}
+
 /// Whether the kernel would take it, without a change.
 pub(super) fn check(draft: &Draft) -> Result<(), CaptureError> {
     let output = nft(&["-c", "-f", "-"], &draft.table())?;
@@ -138,7 +147,7 @@ mod tests {
             way,
         };
         let plan =
-            Plan { inbound: Some(inbound), outbound: vec![], own_ports: vec![15_020, 15_006] };
+            Plan { inbound: Some(inbound), own_ports: vec![15_020, 15_006], ..Plan::default() };
         draft(&plan, true).unwrap().table()
     }
 

@@ -13,6 +13,8 @@ use crate::bpf::HookPlan;
 /// What to take.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Plan {
+    /// What would be taken is refused when we are gone.
+    pub closed: bool,
     /// Traffic to the workload.
     pub inbound: Option<Inbound>,
     /// Traffic from workloads, each in its own way.

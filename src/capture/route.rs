@@ -59,6 +59,17 @@ pub(super) fn steps(marks: &[u32]) -> Vec<Step> {
     steps
 }
 
+/// What would undo the steps of any weir that stand.
+pub(super) fn standing() -> Result<Vec<String>, CaptureError> {
+    let mut standing = Vec::new();
+    for Step { undo, .. } in steps(&MARKS).into_iter().rev() {
+        if stands(&undo)? {
+            standing.push(undo);
+        }
+    }
+    Ok(standing)
+}
+
 /// Removes what a killed weir has left, and says what that was. Asked again, it finds nothing.
 pub(super) fn clear() -> Result<Vec<String>, CaptureError> {
     let mut removed = Vec::new();
@@ -99,7 +110,7 @@ impl Drop for Routes {
 }
 
 /// Whether there is what `undo` would remove.
-fn stands(undo: &str) -> Result<bool, CaptureError> {
+pub(super) fn stands(undo: &str) -> Result<bool, CaptureError> {
     let asked = undo.replace(" del ", " show ").replace("lookup", "table");
     let asked = asked.replace("local default", "default type local");
     Ok(!show(&asked)?.trim().is_empty())

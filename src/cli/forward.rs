@@ -2,7 +2,7 @@
 //! `weir forward`: a config with one plain listener, made from arguments.
 
 use super::{Failure, Forward, profile_of};
-use crate::config::{self, Admin, Config, OnExit, Workers};
+use crate::config::{self, Admin, Config, OnChange, OnExit, Workers};
 use crate::service::{Balance, Endpoint, Manner};
 use crate::{control, log};
 
@@ -20,6 +20,7 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
             name: "forward".to_owned(),
         }],
         inbound: None,
+        on_change: OnChange::Repair,
         on_exit: OnExit::Open,
         outbound: None,
         profile,

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::claims::{ADDRESS, Claim, overlaps};
-use super::{Admin, Config, Forward, OnExit, Workers, capture, service};
+use super::{Admin, Config, Forward, OnChange, OnExit, Workers, capture, service};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
 
@@ -49,6 +49,7 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
     let config = Config {
         profile: profile(section, directory, mistakes),
         workers: workers(section, mistakes),
+        on_change: section.word("on_change", &ON_CHANGE, mistakes).unwrap_or(OnChange::Repair),
         on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
         inbound: inbound.and_then(|node| capture::inbound(node, &mut claims, mistakes)),
         outbound: outbound.and_then(|node| capture::outbound(node, &mut claims, mistakes)),
@@ -59,10 +60,6 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
         mistakes.add(node.place, "takeover", "is not in this version");
     }
     let captures = config.inbound.is_some() || config.outbound.is_some();
-    if config.inbound.is_some() && config.on_exit == OnExit::Closed {
-        let text = "closed is not in this version for inbound: captured traffic flows directly";
-        mistakes.add(section.place(), "on_exit", text);
-    }
     if !captures && config.forward.is_empty() && mistakes.is_empty() {
         let text = "asks for nothing: give it `inbound:`, `outbound:` or a `forward:` list";
         mistakes.add(section.place(), "", text);
@@ -164,6 +161,7 @@ fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes)
     Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }
 }
 
+const ON_CHANGE: [(&str, OnChange); 2] = [("alarm", OnChange::Alarm), ("repair", OnChange::Repair)];
 const ON_EXIT: [(&str, OnExit); 2] = [("closed", OnExit::Closed), ("open", OnExit::Open)];
 /// Where commands look too.
 const SOCKET: &str = "/run/weir/admin.sock";

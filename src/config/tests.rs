@@ -22,6 +22,7 @@ fn what_is_not_said_has_a_default() {
             name: "forward-0".to_owned(),
         }],
         inbound: None,
+        on_change: OnChange::Repair,
         on_exit: OnExit::Open,
         outbound: None,
         profile: Profile::default(),

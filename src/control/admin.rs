@@ -175,7 +175,8 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let counters: Vec<_> = running.workers.iter().map(|worker| worker.counters()).collect();
     let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
     let losses = running.records.as_ref().map(|records| records.losses()).unwrap_or_default();
-    let extra = exposition::Extra { fallbacks: fallbacks.collect(), losses };
+    let rules_lost = running.rules_lost.counts();
+    let extra = exposition::Extra { fallbacks: fallbacks.collect(), losses, rules_lost };
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
 }
 

@@ -2,22 +2,25 @@
 //! Capture as the control thread sees it: planned from the config, installed last, watched while
 //! weir runs, stopped first.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Running;
 use crate::capture::{
-    self, Capture, CaptureError, Filters, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Plan, Prepared,
-    Way,
+    self, Capture, CaptureError, Filters, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Part, Plan,
+    Prepared, Way,
 };
 use crate::config::{
-    Config, InboundCapture, OnExit, Outbound, OutboundCapture, SourceAddress, Workload,
+    Config, InboundCapture, OnChange, OnExit, Outbound, OutboundCapture, SourceAddress, Workload,
 };
 
 /// Capture in place.
 pub(super) struct Capturing {
     capture: Capture,
     look_at: Instant,
+    /// What was missing at the last look.
+    missing: Option<Part>,
+    on_change: OnChange,
     /// Connects that others had led elsewhere when it was last said, and when that may be said again.
     overruled: (u64, Instant),
 }
@@ -42,7 +45,8 @@ pub(super) fn plan(config: &Config) -> Option<Plan> {
         OutboundCapture::Redirect => Some(netfilter(outbound, Way::Redirect, config)),
         OutboundCapture::Tproxy => Some(netfilter(outbound, Way::Tproxy, config)),
     });
-    Some(Plan { inbound, outbound: outbound.collect(), own_ports: own_ports(config) })
+    let closed = config.on_exit == OnExit::Closed;
+    Some(Plan { closed, inbound, outbound: outbound.collect(), own_ports: own_ports(config) })
 }
 
 /// Every port that weir listens on with this config.
@@ -105,7 +109,8 @@ impl Capturing {
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
         let now = Instant::now();
-        Ok(Capturing { capture, look_at: now, overruled: (0, now) })
+        let on_change = running.on_change;
+        Ok(Capturing { capture, look_at: now, missing: None, on_change, overruled: (0, now) })
     }
 
     /// Takes no more connections.
@@ -114,24 +119,62 @@ impl Capturing {
         self.capture.stop();
     }
 
-    /// Puts back what somebody took away; while it is away, traffic flows directly.
+    /// Notices what somebody took away or changed, and puts it back or raises the alarm, as the config
+    /// says. While it is away, traffic flows directly.
     pub(super) fn watch(&mut self, running: &Running) {
         if Instant::now() < self.look_at {
             return;
         }
         self.look_at = Instant::now() + LOOK_EVERY;
         self.watch_neighbours();
-        let Some((what, mended)) = self.capture.mend() else {
+        let Some(part) = self.capture.missing() else {
+            if self.missing.take().is_some() {
+                tracing::info!("capture is in place again");
+            }
             return running.capturing.store(true, Ordering::Release);
         };
-        let was_capturing = running.capturing.swap(mended.is_ok(), Ordering::AcqRel);
-        match mended {
-            Ok(()) => tracing::warn!("the {what} was gone: capture is in place again"),
-            Err(error) if was_capturing => {
-                tracing::error!("the {what} is gone, traffic flows directly: {error}");
-            }
-            Err(_) => {} // Said already.
+        let is_new = self.missing.replace(part) != Some(part);
+        if is_new {
+            running.rules_lost.count(part);
         }
+        // A cgroup that is made anew is no edit of rules.
+        let mended = match self.on_change {
+            OnChange::Alarm if part != Part::Cgroup => None,
+            _ => Some(self.capture.mend(part)),
+        };
+        running.capturing.store(matches!(mended, Some(Ok(()))), Ordering::Release);
+        match mended {
+            Some(Ok(())) => {
+                self.missing = None;
+                tracing::warn!("the {part} was gone or changed: capture is in place again");
+            }
+            Some(Err(error)) if is_new => {
+                tracing::error!("the {part} is gone, traffic flows directly: {error}");
+            }
+            None if is_new => tracing::error!(
+                "the {part} is gone or changed, and on_change says alarm: weir is not ready until it is \
+                 put back (`weir rules show`) or weir starts anew"
+            ),
+            _ => {} // Said already.
+        }
+    }
+}
+
+/// How often a part of the capture was found missing.
+#[derive(Debug, Default)]
+pub(super) struct RulesLost([AtomicU64; Part::ALL.len()]);
+
+impl RulesLost {
+    fn count(&self, part: Part) {
+        if let Some(count) = self.0.get(part as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// By part.
+    pub(super) fn counts(&self) -> Vec<(Part, u64)> {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        Part::ALL.into_iter().zip(counts).collect()
     }
 }
 
@@ -156,7 +199,7 @@ impl Capturing {
 
 /// Connections that may wait for a worker beside the flows: two accept queues, at least.
 const RECORDS_MIN: u32 = 16_384;
-/// A look costs two short-lived processes and a few syscalls.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A look costs a few system calls; only after a change it starts `ip` and `nft`.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A workload can make it happen as often as it likes.
 const TELL_EVERY: Duration = Duration::from_mins(1);

@@ -123,7 +123,7 @@ fn try_inbound() -> Result<(), String> {
     let listen = ([0; 16], 15_006).into();
     let way = Way::Tproxy;
     let inbound = Inbound { exclude: vec![], include: vec![ALL], keep_source: true, listen, way };
-    let plan = Plan { inbound: Some(inbound), outbound: vec![], own_ports: vec![15_006] };
+    let plan = Plan { inbound: Some(inbound), own_ports: vec![15_006], ..Plan::default() };
     let prepared = plan.prepare().map_err(|error| error.to_string())?;
     prepared.install().map(drop).map_err(|error| error.to_string())
 }

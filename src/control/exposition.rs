@@ -12,7 +12,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use crate::capture::Losses;
+use crate::capture::{Losses, Part};
 use crate::metrics::{Counter, Counters, Denied, Origin};
 use crate::op::{CloseReason, Fall, Relay};
 use crate::ring::Fallback;
@@ -20,8 +20,12 @@ use crate::ring::Fallback;
 /// The counters of all workers as text.
 pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
     let mut totals = Totals::sum(counters);
-    let fallbacks = fallbacks(&Sum(counters), &extra.fallbacks);
-    totals.families.extend([fallbacks, hook_losses(extra.losses), queues()]);
+    totals.families.extend([
+        fallbacks(&Sum(counters), &extra.fallbacks),
+        hook_losses(extra.losses),
+        queues(),
+        rules_lost(&extra.rules_lost),
+    ]);
     let mut registry = Registry::with_prefix("weir");
     registry.register_collector(Box::new(totals));
     let mut text = String::new();
@@ -37,6 +41,8 @@ pub(super) struct Extra {
     pub(super) fallbacks: Vec<Fallback>,
     /// At the connect hook.
     pub(super) losses: Losses,
+    /// Parts of the capture that others took away.
+    pub(super) rules_lost: Vec<(Part, u64)>,
 }
 
 /// Adds up one counter of every worker.
@@ -190,6 +196,12 @@ fn hook_losses(losses: Losses) -> Family {
     Family { help, name: "connect_unrecorded", series: series.into() }
 }
 
+fn rules_lost(parts: &[(Part, u64)]) -> Family {
+    let series = parts.iter().map(|(part, count)| (vec![("part", part.label())], *count));
+    let help = "Times a part of the capture was found removed or changed";
+    Family { help, name: "rules_lost", series: series.collect() }
+}
+
 /// Of the whole network namespace, others' listeners included: the kernel counts no finer.
 fn queues() -> Family {
     let text = std::fs::read_to_string("/proc/net/netstat").unwrap_or_default();
@@ -262,7 +274,7 @@ mod tests {
     #[test]
     fn each_fallback_is_counted_with_its_labels() {
         let fallback = Fallback { from: "receive_limit", since: "6.17", to: "receive_cancel" };
-        let extra = Extra { fallbacks: vec![fallback; 2], losses: Losses::default() };
+        let extra = Extra { fallbacks: vec![fallback; 2], ..Extra::default() };
         let text = render(&[], extra);
         let line =
             "weir_fallback_total{from=\"receive_limit\",to=\"receive_cancel\",reason=\"kernel\"} 2";

@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Config, Destinations, Forward, Inbound, InboundCapture, OnExit, Outbound, OutboundCapture,
-    ProxyProtocol, SourceAddress, Workers, Workload,
+    Config, Destinations, Forward, Inbound, InboundCapture, OnChange, OnExit, Outbound,
+    OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -25,6 +25,10 @@ pub fn config(config: &Config) -> Value {
     let mut shown = json!({
         "profile": config.profile.name,
         "workers": workers(&config.workers),
+        "on_change": match config.on_change {
+            OnChange::Alarm => "alarm",
+            OnChange::Repair => "repair",
+        },
         "on_exit": match config.on_exit { OnExit::Closed => "closed", OnExit::Open => "open" },
     });
     if let Some(found) = &config.inbound {

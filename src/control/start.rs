@@ -64,9 +64,19 @@ pub(super) fn start(config: &Config, prepared: Option<&Prepared>) -> Result<Runn
         return Err(RunError::NoSplice);
     }
     let (capturing, draining) = (AtomicBool::new(false), AtomicBool::new(false));
-    let bell = Notify::new();
-    let config = shown::config(config);
-    Ok(Running { bell, captures, capturing, config, draining, profile, records, services, workers })
+    Ok(Running {
+        bell: Notify::new(),
+        captures,
+        capturing,
+        config: shown::config(config),
+        draining,
+        on_change: config.on_change,
+        profile,
+        records,
+        rules_lost: capturing::RulesLost::default(),
+        services,
+        workers,
+    })
 }
 
 fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {

@@ -34,8 +34,8 @@ fn closed(cgroup: &Cgroup) -> String {
     format!("on_exit: closed\n{}", config(cgroup, ""))
 }
 
-/// Somebody else's connect hook on `cgroup`, while the object lives.
-fn foreign(cgroup: &Path, from: &str, to: &str) -> Ebpf {
+/// Somebody else's connect hook on `cgroup`, so many times, while the object lives.
+pub(crate) fn foreign(cgroup: &Path, from: &str, to: &str, times: u32) -> Ebpf {
     let place = tempfile::TempDir::new().unwrap();
     let object = place.path().join("foreign.bpf.o");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/black_box/foreign.bpf.c");
@@ -62,7 +62,9 @@ fn foreign(cgroup: &Path, from: &str, to: &str) -> Ebpf {
     let program: &mut CgroupSockAddr =
         bpf.program_mut("foreign_connect").unwrap().try_into().unwrap();
     program.load().unwrap();
-    program.attach(std::fs::File::open(cgroup).unwrap(), CgroupAttachMode::Single).unwrap();
+    for _ in 0..times {
+        program.attach(std::fs::File::open(cgroup).unwrap(), CgroupAttachMode::Single).unwrap();
+    }
     bpf
 }
 
@@ -277,12 +279,12 @@ fn programs_of_others_above_and_below_keep_working() {
     let inner = outer.inner();
     let net = Net::new();
     servers(&net);
-    let below = foreign(inner.directory(), "10.98.2.2:80", "10.98.2.2:81");
+    let below = foreign(inner.directory(), "10.98.2.2:80", "10.98.2.2:81", 1);
     let weir = Weir::run(&net, &config(&inner, ""));
     let heard = says(&inner, &net, "dial(V4, ('10.98.2.2', 80))");
     assert_eq!((heard.as_str(), weir.opened()), ("10.98.2.2 81 10.98.2.2:81", 1));
     drop(below);
-    let above = foreign(outer.directory(), "127.0.0.1:15001", "10.98.2.2:81");
+    let above = foreign(outer.directory(), "127.0.0.1:15001", "10.98.2.2:81", 1);
     let heard = says(&inner, &net, "dial(V4, ('10.98.2.2', 80))");
     assert_eq!((heard.as_str(), weir.opened()), ("10.98.2.2 81 10.98.2.2:81", 1));
     let overruled = ["reason=\"overruled\""];

@@ -15,5 +15,6 @@ mod outbound;
 mod peers;
 mod proxy_protocol;
 mod ring;
+mod rules;
 mod services;
 mod tune;
