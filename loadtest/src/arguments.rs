@@ -20,9 +20,13 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Compare modes, relays and other forwarders on this host, or two such results
+    Compare(Box<Compare>),
     /// A plain forwarder to compare with
     #[command(hide = true)]
     Forward(Forward),
+    /// Make a page, tables or data of a result of `compare`
+    Report(Report),
     /// Put load on an address and print what came of it
     Run(Box<Run>),
     /// Be the server behind the forwarder, until ended
@@ -81,6 +85,7 @@ pub(crate) enum Engine {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(args_override_self = true)]
 pub(crate) struct Run {
     /// The address to put load on
     #[arg(long, value_name = "ADDR")]
@@ -150,6 +155,25 @@ pub(crate) struct Run {
     pub(crate) place: Place,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct Report {
+    /// The result
+    #[arg(value_name = "RESULT.json")]
+    pub(crate) result: PathBuf,
+    /// What to make of it
+    #[arg(long, value_enum, default_value = "html")]
+    pub(crate) format: crate::report::Format,
+    /// Where to write it, `-` for stdout; a page goes beside the result if not said, all else to stdout
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// What ratios are to; direct if not said
+    #[arg(long, value_name = "TARGET")]
+    pub(crate) baseline: Option<String>,
+    /// Exit with 99 unless this holds in every cell that has such a figure, as `p99<2ms`
+    #[arg(long, value_name = "CONDITION")]
+    pub(crate) threshold: Vec<crate::threshold::Threshold>,
+}
+
 /// How to print.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Output {
@@ -170,6 +194,72 @@ pub(crate) struct Forward {
     /// By what
     #[arg(long, value_enum)]
     pub(crate) engine: crate::forward::Engine,
+}
+
+/// Measures here, in namespaces of its own: the host's are never touched. With two results as
+/// arguments it says what differs.
+#[derive(Debug, clap::Args)]
+#[command(args_override_self = true)]
+pub(crate) struct Compare {
+    /// Two results, the older first: nothing is measured then
+    #[arg(value_name = "OLD.json NEW.json", num_args = 0..=2)]
+    pub(crate) results: Vec<PathBuf>,
+    /// direct, forward, inbound-tproxy, inbound-redirect, outbound-connect, outbound-tproxy,
+    /// outbound-redirect; or all, none
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) modes: Vec<String>,
+    /// How weir moves bytes: auto, copy, splice, sockmap; or all
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) relays: Vec<String>,
+    /// Other forwarders: haproxy, haproxy-splice, nginx, envoy, tokio, tokio-uring; or all, none
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) peers: Vec<String>,
+    /// pingpong-N, mixed-N, connections-N, connections-reset-N, bulk-N, upload-N, idle-N, where N
+    /// is connections; pingpong-N@RATE is an open loop
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) workloads: Vec<String>,
+    /// Rounds; five say something with 94 % confidence
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=15))]
+    pub(crate) rounds: u32,
+    /// Seconds of each measurement; what the budget allows if not said
+    #[arg(long, value_parser = clap::value_parser!(f64))]
+    pub(crate) seconds: Option<f64>,
+    /// Seconds that all may take
+    #[arg(long, default_value_t = 170.0)]
+    pub(crate) budget: f64,
+    /// Where the result is kept, also when interrupted
+    #[arg(long, value_name = "FILE", default_value = "compare.json")]
+    pub(crate) out: PathBuf,
+    /// What ratios are to; direct if not said
+    #[arg(long, value_name = "TARGET")]
+    pub(crate) baseline: Option<String>,
+    /// Profile of weir, by its name
+    #[arg(long, default_value = "balanced")]
+    pub(crate) profile: String,
+    /// The weir to measure
+    #[arg(long, value_name = "PATH")]
+    pub(crate) weir: Option<PathBuf>,
+    /// CPU of client and server
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) generator_cpu: Option<usize>,
+    /// CPU of the forwarder
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) forwarder_cpu: Option<usize>,
+    /// Congestion control in the namespaces
+    #[arg(long, value_name = "NAME", default_value = "reno")]
+    pub(crate) congestion: String,
+    /// Count the forwarder's system calls with perf: costs it some speed
+    #[arg(long)]
+    pub(crate) syscalls: bool,
+    /// Measure although others keep the machine busy
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Exit with 99 unless this holds in every cell that has such a figure, as `p99<2ms`
+    #[arg(long, value_name = "CONDITION")]
+    pub(crate) threshold: Vec<crate::threshold::Threshold>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(crate) output: Output,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

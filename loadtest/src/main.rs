@@ -11,10 +11,12 @@ use clap::Parser;
 use arguments::{Arguments, Verb};
 
 mod arguments;
+mod compare;
 mod engine;
 mod forward;
 mod http;
 mod place;
+mod report;
 mod run;
 mod serve;
 mod signals;
@@ -32,7 +34,9 @@ enum Exit {
 
 fn main() -> ExitCode {
     let exit = match Arguments::parse().verb {
+        Verb::Compare(arguments) => compare::compare(&arguments),
         Verb::Forward(arguments) => forward::forward(&arguments).map(|()| Exit::Fine),
+        Verb::Report(arguments) => report::report(&arguments),
         Verb::Run(arguments) => run::run(&arguments),
         Verb::Serve(arguments) => serve::serve(&arguments).map(|()| Exit::Fine),
     };

@@ -68,7 +68,7 @@ impl Kind {
         }
     }
 
-    fn word(self) -> String {
+    pub(crate) fn word(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 }

@@ -54,7 +54,24 @@ pub(crate) struct Figures {
 impl Threshold {
     /// Nothing if it holds, else how it does not.
     pub(crate) fn missed(&self, figures: &Figures) -> Option<String> {
-        let (value, unit) = match self.metric {
+        let (value, unit) = self.value(figures);
+        let holds = match self.order {
+            Order::Above => value > self.bound,
+            Order::AtLeast => value >= self.bound,
+            Order::AtMost => value <= self.bound,
+            Order::Below => value < self.bound,
+            Order::Equal => (value - self.bound).abs() < f64::EPSILON,
+        };
+        (!holds).then(|| format!("threshold {self} is missed: it is {value:.1}{unit}"))
+    }
+
+    /// Whether these figures have the one that this is about.
+    pub(crate) fn is_about(&self, figures: &Figures) -> bool {
+        !self.value(figures).0.is_nan()
+    }
+
+    const fn value(&self, figures: &Figures) -> (f64, &'static str) {
+        match self.metric {
             Metric::Bytes => (figures.bytes_per_second, " B/s"),
             Metric::Errors => (figures.errors, ""),
             Metric::Max => (figures.max_us, " µs"),
@@ -64,15 +81,7 @@ impl Threshold {
             Metric::P99 => (figures.p99_us, " µs"),
             Metric::P99_9 => (figures.p99_9_us, " µs"),
             Metric::Rate => (figures.per_second, "/s"),
-        };
-        let holds = match self.order {
-            Order::Above => value > self.bound,
-            Order::AtLeast => value >= self.bound,
-            Order::AtMost => value <= self.bound,
-            Order::Below => value < self.bound,
-            Order::Equal => (value - self.bound).abs() < f64::EPSILON,
-        };
-        (!holds).then(|| format!("threshold {self} is missed: it is {value:.1}{unit}"))
+        }
     }
 }
 

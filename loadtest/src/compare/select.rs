@@ -33,6 +33,8 @@ pub(crate) enum Peer {
 /// One row of the matrix.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Target {
+    /// Asked for by its name: it may not be left out.
+    pub(crate) is_named: bool,
     /// The word for it, as `forward/copy`.
     pub(crate) name: String,
     /// Empty for what is not weir's.
@@ -51,10 +53,9 @@ pub(crate) struct Workload {
     pub(crate) reset: bool,
 }
 
-/// Rows and columns; whether a row was asked for by name, and must not be left out then.
+/// Rows and columns.
 #[derive(Clone, Debug)]
 pub(crate) struct Selection {
-    pub(crate) is_explicit: bool,
     pub(crate) targets: Vec<Target>,
     pub(crate) workloads: Vec<Workload>,
 }
@@ -66,23 +67,24 @@ pub(crate) fn select(
     peers: &[String],
     workloads: &[String],
 ) -> Result<Selection> {
-    let is_explicit = !(modes.is_empty() && relays.is_empty() && peers.is_empty());
     let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
     let relays = listed("relay", relays, &RELAYS, &["auto"])?;
     let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
     let mut targets = Vec::new();
-    for (name, way) in modes {
+    for (name, way, is_named) in modes {
         if way == Way::Direct {
-            targets.push(Target { name: name.to_owned(), relay: String::new(), way });
+            targets.push(Target { is_named, name: name.to_owned(), relay: String::new(), way });
             continue;
         }
-        targets.extend(relays.iter().map(|(relay, ())| Target {
+        targets.extend(relays.iter().map(|(relay, (), is_relay_named)| Target {
+            is_named: is_named || *is_relay_named,
             name: format!("{name}/{relay}"),
             relay: (*relay).to_owned(),
             way,
         }));
     }
-    targets.extend(peers.into_iter().map(|(name, peer)| Target {
+    targets.extend(peers.into_iter().map(|(name, peer, is_named)| Target {
+        is_named,
         name: name.to_owned(),
         relay: String::new(),
         way: Way::Peer(peer),
@@ -92,24 +94,25 @@ pub(crate) fn select(
     let words = if workloads.is_empty() { DEFAULT_WORKLOADS.to_vec() } else { words.collect() };
     let workloads = words.into_iter().map(str::parse).collect::<Result<Vec<Workload>, _>>();
     let workloads = workloads.map_err(anyhow::Error::msg)?;
-    Ok(Selection { is_explicit, targets, workloads })
+    Ok(Selection { targets, workloads })
 }
 
-/// The known ones of that name; `all` is all of them, `none` none.
+/// The known ones of that name, and whether they were named; `all` is all of them, `none` none.
 fn listed<T: Copy>(
     what: &str,
     words: &[String],
     known: &[(&'static str, T)],
     default: &[&str],
-) -> Result<Vec<(&'static str, T)>> {
+) -> Result<Vec<(&'static str, T, bool)>> {
+    let is_default = words.is_empty();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let words = if words.is_empty() { default.to_vec() } else { words };
-    let mut list: Vec<(&str, T)> = Vec::new();
+    let words = if is_default { default.to_vec() } else { words };
+    let mut list: Vec<(&str, T, bool)> = Vec::new();
     for word in words {
         match (word, known.iter().find(|(name, _)| *name == word)) {
-            ("all", _) => list.extend(known),
+            ("all", _) => list.extend(known.iter().map(|(name, it)| (*name, *it, false))),
             ("none", _) => {}
-            (_, Some(found)) => list.push(*found),
+            (_, Some((name, it))) => list.push((*name, *it, !is_default)),
             (_, None) => {
                 let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
                 let hint = nearest(word, &names);
@@ -140,18 +143,30 @@ impl FromStr for Workload {
         let Some((_, kind)) = WORKLOADS.iter().find(|(name, _)| *name == word) else {
             let hint = nearest(word, &names);
             let names = names.map(|name| format!("{name}-N")).join(", ");
-            return Err(format!("unknown workload `{text}`{hint} (known: {names}; as pingpong-64)"));
+            return Err(format!(
+                "unknown workload `{text}`{hint} (known: {names}; as pingpong-64)"
+            ));
         };
         let connections = count.parse().ok().filter(|count| (1..=CONNECTIONS_MAX).contains(count));
         let connections = connections.ok_or_else(|| {
             format!("workload `{text}` must end with connections from 1 to {CONNECTIONS_MAX}, as {word}-64")
         })?;
         let rate = rate.map(|rate| rate.parse().ok().filter(|rate| *rate > 0.0));
-        if rate == Some(None) || rate.is_some() && !matches!(kind, Kind::Pingpong | Kind::Connections) {
-            return Err(format!("workload `{text}`: a rate is exchanges a second, as pingpong-64@20000"));
+        if rate == Some(None)
+            || rate.is_some() && !matches!(kind, Kind::Pingpong | Kind::Connections)
+        {
+            return Err(format!(
+                "workload `{text}`: a rate is exchanges a second, as pingpong-64@20000"
+            ));
         }
         let reset = word == "connections-reset";
-        Ok(Workload { connections, kind: *kind, name: text.to_owned(), rate: rate.flatten(), reset })
+        Ok(Workload {
+            connections,
+            kind: *kind,
+            name: text.to_owned(),
+            rate: rate.flatten(),
+            reset,
+        })
     }
 }
 
@@ -226,7 +241,8 @@ mod tests {
 
     #[test]
     fn any_subset_can_be_named() {
-        let selection = select(&words("direct forward"), &words("copy splice"), &words("nginx"), &[]);
+        let selection =
+            select(&words("direct forward"), &words("copy splice"), &words("nginx"), &[]);
         let names: Vec<String> =
             selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect();
         assert_eq!(names, ["direct", "forward/copy", "forward/splice", "nginx"]);

@@ -22,7 +22,7 @@ pub(crate) enum Verdict {
     Higher,
     Lower,
     NoDifference,
-    /// A single round says nothing.
+    /// Too few rounds to say.
     Unknown,
 }
 
@@ -74,7 +74,7 @@ pub(crate) fn ratio_of_samples(of: &[f64], to: &[f64]) -> Estimate {
 impl Estimate {
     /// Whether this ratio is one; what is less than `NEGLIGIBLE` is no difference to anybody.
     pub(crate) fn verdict(&self) -> Verdict {
-        if self.confidence == 0.0 {
+        if self.confidence < CONFIDENCE_WANTED {
             return Verdict::Unknown;
         }
         match (self.value - 1.0).abs() > NEGLIGIBLE {
@@ -157,7 +157,8 @@ fn sorted(mut values: Vec<f64>) -> Vec<f64> {
     values
 }
 
-/// An interval is made no wider than this asks, if the rounds allow it.
+/// An interval is made no wider than this asks; without as much nothing is claimed. For pairs that
+/// takes five rounds.
 const CONFIDENCE_WANTED: f64 = 0.90;
 /// Differences below this decide nothing.
 const NEGLIGIBLE: f64 = 0.02;
@@ -167,7 +168,9 @@ const SAMPLES_MAX: usize = 16;
 
 #[cfg(test)]
 mod tests {
-    use super::{Verdict, median, of_one, rank_sums, ratio_of_pairs, ratio_of_samples, signed_ranks, spread};
+    use super::{
+        Verdict, median, of_one, rank_sums, ratio_of_pairs, ratio_of_samples, signed_ranks, spread,
+    };
 
     fn near(one: f64, other: f64) -> bool {
         (one - other).abs() < 1e-9
@@ -202,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_is_no_difference_and_one_round_says_nothing() {
+    fn equal_is_no_difference_and_few_rounds_say_nothing() {
         let base = [100.0, 101.0, 99.0, 100.5, 99.5];
         let twice = base.map(|value| value * 2.0);
         assert_eq!(ratio_of_pairs(&twice, &base).verdict(), Verdict::Higher);
@@ -213,6 +216,7 @@ mod tests {
         let little = base.map(|value| value * 1.01);
         assert_eq!(ratio_of_pairs(&little, &base).verdict(), Verdict::NoDifference);
         assert_eq!(ratio_of_pairs(&[2.0], &[1.0]).verdict(), Verdict::Unknown);
+        assert_eq!(ratio_of_pairs(&twice[..4], &base[..4]).verdict(), Verdict::Unknown);
         assert_eq!(ratio_of_samples(&twice, &base).verdict(), Verdict::Higher);
         assert_eq!(ratio_of_samples(&noisy, &base).verdict(), Verdict::NoDifference);
     }

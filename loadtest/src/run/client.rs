@@ -168,7 +168,7 @@ impl<'a> Client<'a> {
             self.sweep()?;
         }
         if self.server.is_some() && !is_busy && events.is_empty() {
-            self.idle_spin += self.now - before;
+            self.idle_spin += (self.now - before).min(EMPTY_TURN_MAX);
         }
         Ok(())
     }
@@ -521,6 +521,8 @@ impl Slot {
 
 /// Above the time that a halted CPU takes to wake.
 const AWAKE_BEFORE: Duration = Duration::from_micros(100);
+/// To look in vain takes less; what took longer was somebody else's turn on the CPU.
+const EMPTY_TURN_MAX: Duration = Duration::from_micros(10);
 /// Connections that do not stand by then are counted as what they are.
 const ESTABLISH_MAX: Duration = Duration::from_secs(10);
 /// Words ready to be sent, of all connections.

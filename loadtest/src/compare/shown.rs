@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A comparison as text: tables for people, sentences for the hurried.
+
+use std::fmt::Write as _;
+
+use super::result::{Cell, Comparison, Figure, figure};
+use super::statistics::{Estimate, Verdict};
+
+/// One table of a workload, ready to be drawn in any way.
+pub(crate) struct Table {
+    pub(crate) head: Vec<String>,
+    pub(crate) rows: Vec<Vec<String>>,
+    pub(crate) workload: String,
+}
+
+/// A table a workload; `baseline` is what ratios are to.
+pub(crate) fn tables(comparison: &Comparison, baseline: &str) -> Vec<Table> {
+    let workloads = comparison.workloads().into_iter();
+    workloads.map(|workload| table(comparison, workload, baseline)).collect()
+}
+
+fn table(comparison: &Comparison, workload: &str, baseline: &str) -> Table {
+    let cells: Vec<&Cell> =
+        comparison.cells.iter().filter(|cell| cell.workload == workload).collect();
+    let unit = cells.first().map_or("", |cell| cell.unit.as_str());
+    let first = cells.first().map_or("per_second", |cell| cell.first_figure());
+    let figures: Vec<&Figure> = columns(unit)
+        .iter()
+        .filter_map(|name| figure(name))
+        .filter(|figure| cells.iter().any(|cell| cell.median(figure.name).is_some()))
+        .collect();
+    let mut head = vec!["target".to_owned()];
+    for figure in &figures {
+        head.push(heading(figure, unit));
+        if figure.name == first && unit != "flow" {
+            head.extend(["spread".to_owned(), format!("against {baseline}")]);
+        }
+    }
+    let rows = cells.iter().map(|cell| {
+        let mut row = vec![cell.target.clone()];
+        for figure in &figures {
+            let value = cell.median(figure.name);
+            row.push(value.map_or_else(|| "-".to_owned(), |value| shown(value, figure, unit)));
+            if figure.name == first && unit != "flow" {
+                row.push(format!("{:.0} %", cell.spread(figure.name) * 100.0));
+                let ratio = comparison.ratio(cell, baseline, figure.name);
+                row.push(ratio.map_or_else(|| "-".to_owned(), |ratio| in_words(&ratio)));
+            }
+        }
+        row
+    });
+    Table { head, rows: rows.collect(), workload: workload.to_owned() }
+}
+
+/// The columns of a workload's table.
+pub(crate) const fn columns(unit: &str) -> &'static [&'static str] {
+    match unit.as_bytes() {
+        b"GB" => &[
+            "bytes_per_second",
+            "forwarder_cpu_us_per_unit",
+            "system_cpu_us_per_unit",
+            "enters_per_unit",
+            "syscalls_per_unit",
+            "retransmits",
+            "fallbacks",
+            "errors",
+        ],
+        b"flow" => &["user_bytes_per_flow", "slab_bytes_per_flow", "conntrack_entries", "errors"],
+        _ => &[
+            "per_second",
+            "p50_us",
+            "p90_us",
+            "p99_us",
+            "p99_9_us",
+            "max_us",
+            "forwarder_cpu_us_per_unit",
+            "system_cpu_us_per_unit",
+            "enters_per_unit",
+            "syscalls_per_unit",
+            "conntrack_entries",
+            "retransmits",
+            "fallbacks",
+            "errors",
+        ],
+    }
+}
+
+/// CPU of a gigabyte is told in seconds.
+fn is_cpu_of_bulk(figure: &Figure, unit: &str) -> bool {
+    unit == "GB" && figure.heading.ends_with("CPU µs")
+}
+
+fn heading(figure: &Figure, unit: &str) -> String {
+    if is_cpu_of_bulk(figure, unit) {
+        return figure.heading.replace("µs", "s/GB");
+    }
+    if figure.heading.ends_with("CPU µs") || figure.name.ends_with("per_unit") {
+        return format!("{}/{unit}", figure.heading);
+    }
+    figure.heading.to_owned()
+}
+
+/// A value in the unit of its column.
+pub(crate) fn shown(value: f64, figure: &Figure, unit: &str) -> String {
+    if is_cpu_of_bulk(figure, unit) {
+        return format!("{:.3}", value / 1e6);
+    }
+    grouped(value * figure.factor, figure.decimals)
+}
+
+/// With a thin mark between thousands.
+fn grouped(value: f64, decimals: usize) -> String {
+    let text = format!("{value:.decimals$}");
+    let (whole, rest) = text.split_once('.').map_or((text.as_str(), ""), |(a, b)| (a, b));
+    let digits = whole.trim_start_matches('-');
+    let mut parts: Vec<&str> = Vec::new();
+    let mut end = digits.len();
+    while end > 3 {
+        parts.push(&digits[end - 3..end]);
+        end -= 3;
+    }
+    parts.push(&digits[..end]);
+    parts.reverse();
+    let sign = if whole.starts_with('-') { "-" } else { "" };
+    let point = if rest.is_empty() { "" } else { "." };
+    format!("{sign}{}{point}{rest}", parts.join(","))
+}
+
+/// A ratio as people say it: `× 1.45 (1.40 to 1.51)`, or that there is none.
+pub(crate) fn in_words(ratio: &Estimate) -> String {
+    let Estimate { high, low, value, .. } = ratio;
+    match ratio.verdict() {
+        Verdict::Unknown => format!("× {value:.2} (too few rounds to tell)"),
+        Verdict::NoDifference => format!("no difference ({low:.2} to {high:.2})"),
+        Verdict::Higher | Verdict::Lower => format!("× {value:.2} ({low:.2} to {high:.2})"),
+    }
+}
+
+/// The tables, for a terminal.
+pub(crate) fn text(comparison: &Comparison, baseline: &str) -> String {
+    let mut text = String::new();
+    for table in tables(comparison, baseline) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "\n{}", table.workload);
+        text.push_str(&aligned(&narrow(table)));
+    }
+    text
+}
+
+/// Without what is told in the report only, and without what is nothing everywhere.
+fn narrow(mut table: Table) -> Table {
+    let is_quiet = |table: &Table, column: usize| match table.head[column].as_str() {
+        "p90 µs" | "max µs" => true,
+        "fallbacks" | "retransmits" => {
+            table.rows.iter().all(|row| matches!(row[column].as_str(), "0" | "-"))
+        }
+        _ => false,
+    };
+    for column in (0..table.head.len()).rev() {
+        if is_quiet(&table, column) {
+            table.head.remove(column);
+            table.rows.iter_mut().for_each(|row| drop(row.remove(column)));
+        }
+    }
+    table
+}
+
+/// In columns, words left and numbers right.
+fn aligned(table: &Table) -> String {
+    let mut text = String::new();
+    let all = || std::iter::once(&table.head).chain(&table.rows);
+    let width = |column: usize| {
+        all().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..table.head.len()).map(width).collect();
+    for row in all() {
+        let mut line = String::from(" ");
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let pad = " ".repeat(width - cell.chars().count());
+            let is_word = column == 0 || table.head[column].starts_with("against");
+            line.push(' ');
+            line.push_str(&if is_word { format!("{cell}{pad}") } else { format!("{pad}{cell}") });
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// What the comparison says, in sentences.
+pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for workload in comparison.workloads() {
+        let cells = comparison.cells.iter().filter(|cell| cell.workload == workload);
+        let cells: Vec<&Cell> = cells.filter(|cell| cell.target != "direct").collect();
+        let Some(first) = cells.first() else { continue };
+        let name = first.first_figure();
+        let Some(figure) = figure(name) else { continue };
+        let best = cells.iter().filter_map(|cell| Some((*cell, cell.median(name)?)));
+        let order = |one: &(&Cell, f64), other: &(&Cell, f64)| one.1.total_cmp(&other.1);
+        let best = if figure.is_better_high { best.max_by(order) } else { best.min_by(order) };
+        let Some((best, value)) = best else { continue };
+        let unit = match name {
+            "user_bytes_per_flow" => " B of user memory a flow",
+            "bytes_per_second" => " Gbit/s",
+            _ => "/s",
+        };
+        let value = shown(value, figure, &best.unit);
+        let mut sentence =
+            format!("{workload}: {} is first of the forwarders with {value}{unit}", best.target);
+        let rivals = cells.iter().filter(|cell| cell.target != best.target);
+        let equals: Vec<&str> = rivals
+            .filter(|cell| {
+                let ratio = comparison.ratio(cell, &best.target, name);
+                ratio.is_some_and(|ratio| ratio.verdict() == Verdict::NoDifference)
+            })
+            .map(|cell| cell.target.as_str())
+            .collect();
+        if !equals.is_empty() {
+            let _ = write!(sentence, "; no difference to {}", equals.join(", "));
+        }
+        if let Some(ratio) = comparison.ratio(best, baseline, name) {
+            let _ = write!(sentence, "; against {baseline}: {}", in_words(&ratio));
+        }
+        sentences.push(format!("{sentence}."));
+    }
+    let disturbed = comparison.cells.iter().flat_map(|cell| &cell.rounds);
+    let disturbed = disturbed.filter(|round| round.was_disturbed).count();
+    if disturbed > 0 {
+        let all: usize = comparison.cells.iter().map(|cell| cell.rounds.len()).sum();
+        sentences.push(format!(
+            "{disturbed} of {all} measurements were disturbed by other load on this machine."
+        ));
+    }
+    sentences
+}
+
+/// Two comparisons, of an older and a newer state, and what that means.
+pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<String>) {
+    let mut text = String::new();
+    let (mut better, mut worse, mut equal, mut unknown) = (Vec::new(), Vec::new(), 0, 0);
+    let baseline =
+        Some(new.baseline()).filter(|name| old.targets.iter().any(|it| it.name == *name));
+    let mut table = Table {
+        head: ["workload", "target", "figure", "old", "new", "new / old"]
+            .map(str::to_owned)
+            .to_vec(),
+        rows: Vec::new(),
+        workload: String::new(),
+    };
+    for (was, is) in
+        new.cells.iter().filter_map(|is| Some((old.cell(&is.target, &is.workload)?, is)))
+    {
+        for name in COMPARED {
+            let Some(figure) = figure(name) else { continue };
+            let (Some(before), Some(after)) = (was.median(name), is.median(name)) else { continue };
+            let base = baseline.as_deref().filter(|base| *base != is.target);
+            let (of, to) = (against(new, is, base, name), against(old, was, base, name));
+            let ratio = super::statistics::ratio_of_samples(&of, &to);
+            let what = format!("{} of {} under {}", figure.heading, is.target, is.workload);
+            match (ratio.verdict(), figure.is_better_high) {
+                (Verdict::Higher, true) | (Verdict::Lower, false) => better.push(what),
+                (Verdict::Lower, true) | (Verdict::Higher, false) => worse.push(what),
+                (Verdict::NoDifference, _) => equal += 1,
+                (Verdict::Unknown, _) => unknown += 1,
+            }
+            let values = [before, after].map(|value| shown(value, figure, &is.unit));
+            let [before, after] = values;
+            let heading = heading(figure, &is.unit);
+            let words = in_words(&ratio);
+            table.rows.push(
+                [is.workload.clone(), is.target.clone(), heading, before, after, words].to_vec(),
+            );
+        }
+    }
+    text.push_str(&aligned(&table));
+    let held =
+        baseline.map_or_else(String::new, |name| format!(" (held against {name} of its own run)"));
+    let few =
+        if unknown > 0 { format!(", too few rounds to tell in {unknown}") } else { String::new() };
+    let held = few + &held;
+    let verdict = match (better.len(), worse.len()) {
+        (0, 0) => format!("verdict: no difference in {equal} figures{held}"),
+        (_, 0) => format!(
+            "verdict: better in {}, worse in none, no difference in {equal}{held}",
+            better.len()
+        ),
+        (_, _) => format!(
+            "verdict: WORSE in {} ({}), better in {}, no difference in {equal}{held}",
+            worse.len(),
+            worse.join("; "),
+            better.len()
+        ),
+    };
+    let _ = writeln!(text, "\n{verdict}");
+    (text, worse)
+}
+
+/// A figure of every round, in parts of the baseline's in the same round if there is one: absolute
+/// figures move with the machine.
+fn against(comparison: &Comparison, cell: &Cell, baseline: Option<&str>, name: &str) -> Vec<f64> {
+    let values = cell.values(name);
+    let base = baseline.and_then(|name| comparison.cell(name, &cell.workload));
+    let base = base.map(|base| base.values(name)).unwrap_or_default();
+    if base.is_empty() {
+        return values;
+    }
+    values.iter().zip(&base).map(|(value, base)| value / base).collect()
+}
+
+/// What decides between an older and a newer state.
+const COMPARED: [&str; 5] = [
+    "per_second",
+    "bytes_per_second",
+    "p99_us",
+    "forwarder_cpu_us_per_unit",
+    "user_bytes_per_flow",
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::{difference, grouped, summary, text};
+    use crate::compare::result::{Cell, Comparison, Round, TargetAbout};
+
+    fn comparison(rates: &[(&str, [f64; 5])]) -> Comparison {
+        let cell = |(target, rates): &(&str, [f64; 5])| Cell {
+            rounds: rates
+                .iter()
+                .map(|rate| Round {
+                    figures: BTreeMap::from([("per_second".to_owned(), *rate)]),
+                    ..Round::default()
+                })
+                .collect(),
+            target: (*target).to_owned(),
+            unit: "request".to_owned(),
+            workload: "pingpong-64".to_owned(),
+            ..Cell::default()
+        };
+        let about = |(name, _): &(&str, [f64; 5])| TargetAbout {
+            name: (*name).to_owned(),
+            ..TargetAbout::default()
+        };
+        Comparison {
+            cells: rates.iter().map(cell).collect(),
+            targets: rates.iter().map(about).collect(),
+            ..Comparison::default()
+        }
+    }
+
+    const FAST: [f64; 5] = [100.0, 101.0, 99.0, 102.0, 98.0];
+    const SLOW: [f64; 5] = [50.0, 50.5, 49.5, 51.0, 49.0];
+
+    #[test]
+    fn who_is_first_is_said_and_who_is_equal() {
+        let all = comparison(&[
+            ("direct", FAST.map(|rate| rate * 3.0)),
+            ("a", FAST),
+            ("b", FAST),
+            ("c", SLOW),
+        ]);
+        let sentences = summary(&all, "direct").join(" ");
+        assert!(sentences.contains("first of the forwarders with 100/s"), "{sentences}");
+        assert!(sentences.contains("no difference to"), "{sentences}");
+        assert!(sentences.contains("against direct: × 0.33"), "{sentences}");
+        assert!(
+            text(&all, "direct").contains("no difference")
+                || text(&all, "a").contains("no difference")
+        );
+    }
+
+    #[test]
+    fn an_older_and_a_newer_state_get_a_verdict() {
+        let old = comparison(&[("direct", FAST), ("a", FAST)]);
+        let same = difference(&old, &old);
+        assert!(same.0.contains("verdict: no difference in 2 figures"), "{}", same.0);
+        // The whole machine is slower: that is no difference of `a`.
+        let slower = comparison(&[("direct", SLOW), ("a", SLOW)]);
+        assert!(difference(&old, &slower).1.iter().all(|worse| worse.contains("direct")));
+        let worse = comparison(&[("direct", FAST), ("a", SLOW)]);
+        let (text, list) = difference(&old, &worse);
+        assert_eq!(list, ["rate /s of a under pingpong-64"]);
+        assert!(text.contains("WORSE in 1"), "{text}");
+    }
+
+    #[test]
+    fn thousands_are_grouped() {
+        assert_eq!(grouped(1_234_567.0, 0), "1,234,567");
+        assert_eq!(grouped(-999.5, 1), "-999.5");
+        assert_eq!(grouped(1000.25, 2), "1,000.25");
+    }
+}
