@@ -20,6 +20,7 @@ mod read;
 mod service;
 #[cfg(test)]
 mod tests;
+mod workloads;
 
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");
@@ -34,18 +35,40 @@ pub struct Config {
     pub admin: Admin,
     /// Plain listeners with fixed endpoints.
     pub forward: Vec<Forward>,
-    /// Capture of traffic to the workload.
-    pub inbound: Option<Inbound>,
     /// What happens when somebody else removes or changes rules of ours.
     pub on_change: OnChange,
     /// What captured traffic meets when weir is gone.
     pub on_exit: OnExit,
-    /// Capture of traffic from the workload.
-    pub outbound: Option<Outbound>,
     /// How fast and how big.
     pub profile: Profile,
     /// How many workers, and where.
     pub workers: Workers,
+    /// Whose traffic is captured. What stands at the top of the file comes first, without a name.
+    pub workloads: Vec<Captured>,
+}
+
+/// A workload whose traffic is captured, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Captured {
+    /// Capture of traffic to it.
+    pub inbound: Option<Inbound>,
+    /// Unique; in logs and tables. Empty for what stands at the top of the file.
+    pub name: String,
+    /// Where it lives: weir makes its sockets and rules there.
+    pub namespace: Namespace,
+    /// Capture of traffic from it.
+    pub outbound: Option<Outbound>,
+}
+
+/// A network namespace.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Namespace {
+    /// The one weir is started in.
+    Own,
+    /// By its file, as in /run/netns.
+    Path(PathBuf),
+    /// That of a process.
+    Process(u32),
 }
 
 /// Where to ask a running weir.
@@ -196,4 +219,16 @@ pub enum Workers {
     Count(NonZeroU16),
     /// One on each of these CPUs.
     Cpus(Vec<usize>),
+}
+
+impl Namespace {
+    /// The file that leads to it.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Namespace::Own => "/proc/self/ns/net".into(),
+            Namespace::Path(path) => path.clone(),
+            Namespace::Process(pid) => format!("/proc/{pid}/ns/net").into(),
+        }
+    }
 }

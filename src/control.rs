@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use crate::capture::{CaptureError, OWN_MARK, Plan, Records};
+use crate::capture::{CaptureError, OWN_MARK, Records};
 use crate::config::{Config, OnChange};
 use crate::profile::Profile;
 use crate::ring::Fallback;
@@ -32,6 +32,8 @@ mod checks;
 pub mod client;
 mod descriptors;
 mod exposition;
+mod listeners;
+mod places;
 pub mod rules;
 mod services;
 pub mod shown;
@@ -83,6 +85,20 @@ pub enum RunError {
         endpoint: SocketAddr,
         /// Of the listener.
         name: String,
+    },
+    /// Where a workload lives.
+    #[error(
+        "workload {name}: enter the network namespace {}: {source} (does it exist? needs \
+         CAP_SYS_ADMIN)",
+        path.display()
+    )]
+    Namespace {
+        /// Of the workload.
+        name: String,
+        /// The namespace's file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// The ring cannot bind.
     #[error(
@@ -156,10 +172,10 @@ struct Running {
     bell: Notify,
     on_change: OnChange,
     profile: Arc<Profile>,
+    /// Of the connect hooks.
+    records: Vec<Arc<Records>>,
     /// What others did to the capture.
     rules_lost: RulesLost,
-    /// Of the connect hook, if there is one.
-    records: Option<Arc<Records>>,
     services: Arc<Services>,
     workers: Vec<Handle>,
 }
@@ -181,13 +197,13 @@ async fn serve(config: Config) -> Result<(), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
-    let prepared = capturing::plan(&config).map(Plan::prepare).transpose()?;
-    let running = Arc::new(start::start(&config, prepared.as_ref())?);
+    let prepared = start::prepare(&config)?;
+    let running = Arc::new(start::start(&config, &prepared)?);
     admin.serve(&running);
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
     // Last of all: what is taken now must be served.
-    let capturing = prepared.map(|prepared| Capturing::install(prepared, &running));
+    let capturing = running.captures.then(|| Capturing::install(prepared, &running));
     let mut capturing = capturing.transpose()?;
     for (index, worker) in running.workers.iter().enumerate() {
         for Fallback { from, since, to } in worker.features().fallbacks() {

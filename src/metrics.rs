@@ -92,6 +92,8 @@ impl Origin {
 pub enum Denied {
     /// Dialled straight to a capture port.
     Direct,
+    /// The workload's network namespace cannot be entered.
+    Namespace,
     /// The service has no endpoint that may be dialled.
     NoEndpoint,
     /// The destination is one of our own ports: it would loop.
@@ -106,8 +108,9 @@ pub enum Denied {
 
 impl Denied {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Denied; 6] = [
+    pub const ALL: [Denied; 7] = [
         Denied::Direct,
+        Denied::Namespace,
         Denied::NoEndpoint,
         Denied::OwnPort,
         Denied::SourceLimit,
@@ -120,6 +123,7 @@ impl Denied {
     pub const fn label(self) -> &'static str {
         match self {
             Denied::Direct => "direct",
+            Denied::Namespace => "namespace",
             Denied::NoEndpoint => "no_endpoint",
             Denied::OwnPort => "own_port",
             Denied::SourceLimit => "source_limit",

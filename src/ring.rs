@@ -63,6 +63,8 @@ pub struct Ring {
     answers: Vec<Event>,
     broken: Option<RingError>,
     cancels: Cancels,
+    /// A dial was pushed and not submitted yet.
+    dialling: bool,
     enters: u64,
     features: Features,
     flows_max: u32,
@@ -304,6 +306,7 @@ impl Ring {
         if !self.reserve(self.dial.count() + DIAL_STEPS_MAX) {
             return;
         }
+        self.dialling = true;
         let fd = self.socket(flow, Side::Upstream);
         let domain = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let socket = opcode::Socket::new(domain, libc::SOCK_STREAM, libc::IPPROTO_TCP);

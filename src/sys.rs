@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod memory;
 pub mod netlink;
+pub mod netns;
 pub mod pipe;
 pub mod process;
 pub mod socket;

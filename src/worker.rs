@@ -26,6 +26,7 @@ use crate::op::Relay;
 use crate::profile::Profile;
 use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError, SpliceLimits};
 use crate::service::{Balance, Picker, ServiceId, Tally, Update};
+use crate::sys::netns::Netns;
 use crate::sys::{process, socket};
 
 use accept::Listening;
@@ -39,6 +40,7 @@ mod accept;
 mod breaker;
 mod destination;
 mod mailbox;
+mod places;
 mod proxy_header;
 mod slab;
 #[cfg(test)]
@@ -52,14 +54,14 @@ mod wheel;
 pub struct Setup {
     /// The CPU to run on; `None` leaves it to the scheduler.
     pub cpu: Option<usize>,
+    /// Where the process was started.
+    pub home: Arc<Place>,
     /// Which of how many, from 0.
     pub index: u16,
     /// Sockets that already listen.
     pub listeners: Vec<Listener>,
     /// Of upstream sockets; none where nothing is captured.
     pub marks: Option<Marks>,
-    /// What must never be dialled.
-    pub own_ports: Arc<OwnPorts>,
     /// How fast and how big.
     pub profile: Arc<Profile>,
     /// To begin with; more may come later.
@@ -92,10 +94,25 @@ pub struct Listener {
     pub fd: OwnedFd,
     /// In `weir flows`.
     pub name: Arc<str>,
+    /// Where it listens and its upstreams are dialled.
+    pub place: Arc<Place>,
     /// The header that upstreams get first. Only where the original destination is known.
     pub proxy_protocol: ProxyProtocol,
     /// Where its connections go.
     pub route: Route,
+    /// Whose connections they are, in `weir flows`; empty for a workload without a name.
+    pub workload: Arc<str>,
+}
+
+/// A network namespace in which listeners live and their upstreams are dialled.
+#[derive(Debug, Default)]
+pub struct Place {
+    /// How to get there; `None` only where a process lives in one place.
+    pub netns: Option<Netns>,
+    /// Unique in a process; 0 for where it was started.
+    pub number: u32,
+    /// What must never be dialled there.
+    pub own_ports: OwnPorts,
 }
 
 /// Where a listener's connections go.
@@ -153,6 +170,8 @@ pub struct FlowRow {
     pub relay_to_upstream: Relay,
     /// What was dialled.
     pub upstream: SocketAddr,
+    /// Of a workload with a name; empty otherwise.
+    pub workload: Arc<str>,
 }
 
 /// A running worker, as the control thread sees it. Dropping it does not stop the worker.
@@ -202,6 +221,13 @@ impl Handle {
         let (to, from) = mpsc::channel();
         self.mailbox.send(Letter::Endpoints(to));
         from
+    }
+
+    /// The workload in this place is gone: its listeners are closed and its flows reset.
+    /// False if the worker has too much to read just now: ask again.
+    #[must_use]
+    pub fn leave(&self, place: u32) -> bool {
+        self.mailbox.send(Letter::Leave(place))
     }
 
     /// Hands over a new table of services, and frees what the worker had before the last one.
@@ -339,6 +365,7 @@ impl Worker {
             breaker: Breaker::new(),
             clock: Clock::start(),
             drain_until: None,
+            inside: setup.home.number,
             mailbox,
             ring,
             rules: Rules::new(&profile, can_splice),

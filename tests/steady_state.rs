@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use weir::capture::{OwnPorts, PortCounts, SourcePorts};
+use weir::capture::{PortCounts, SourcePorts};
 use weir::config::ProxyProtocol;
 use weir::profile::Profile;
 use weir::service::{Balance, Directory, Endpoint, Manner, Update};
@@ -34,15 +34,17 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
     let route = Route::Service { balance, id };
     let handle = worker::spawn(Setup {
         cpu: None,
+        home: Arc::default(),
         index: 0,
         listeners: vec![Listener {
             fd,
             name: "test".into(),
+            place: Arc::default(),
             proxy_protocol: ProxyProtocol::Off,
             route,
+            workload: Arc::default(),
         }],
         marks: None,
-        own_ports: Arc::new(OwnPorts::default()),
         profile: Arc::new(Profile::default()),
         services: Update::new(services.table(), None),
         share: Share {

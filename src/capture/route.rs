@@ -6,10 +6,10 @@
 //! them over, and `clear` removes them.
 
 use std::io;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, STEER_MARK};
+use crate::sys::netns;
 
 /// Rules and routes. Dropping it removes them.
 #[derive(Debug)]
@@ -117,7 +117,7 @@ pub(super) fn stands(undo: &str) -> Result<bool, CaptureError> {
 }
 
 fn families() -> impl Iterator<Item = &'static str> {
-    let v6 = Path::new("/proc/net/if_inet6").exists();
+    let v6 = netns::has_ipv6();
     ["-4", "-6"].into_iter().take(1 + usize::from(v6))
 }
 

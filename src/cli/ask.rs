@@ -75,7 +75,7 @@ pub(super) fn endpoints(socket: &Path, output: Output) -> Result<(), Failure> {
 /// Flows in rows, with a head.
 pub(super) fn table(flows: &[FlowView]) -> String {
     let mut table = format!(
-        "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>8}\n",
+        "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>8}  {}\n",
         "DIRECTION",
         "CAPTURE",
         "DOWNSTREAM",
@@ -83,13 +83,14 @@ pub(super) fn table(flows: &[FlowView]) -> String {
         "UPSTREAM",
         "TO UPSTREAM",
         "TO DOWN",
-        "AGE"
+        "AGE",
+        "WORKLOAD"
     );
     for flow in flows {
         let address = |address: &Option<String>| address.clone().unwrap_or_else(|| "-".to_owned());
         let _ = writeln!(
             table,
-            "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>7}s",
+            "{:<9} {:<8} {:<22} {:<22} {:<22} {:>12} {:>12} {:>7}s  {}",
             flow.direction,
             flow.capture,
             address(&flow.downstream),
@@ -98,6 +99,7 @@ pub(super) fn table(flows: &[FlowView]) -> String {
             flow.bytes.to_upstream,
             flow.bytes.to_downstream,
             flow.age_ms / 1000,
+            address(&flow.workload),
         );
     }
     table

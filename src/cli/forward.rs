@@ -19,10 +19,9 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
             manner: Manner::of(Balance::RoundRobin),
             name: "forward".to_owned(),
         }],
-        inbound: None,
         on_change: OnChange::Repair,
         on_exit: OnExit::Open,
-        outbound: None,
+        workloads: Vec::new(),
         profile,
         workers: arguments.workers.map_or(Workers::Auto, Workers::Count),
     };

@@ -21,7 +21,7 @@ pub(super) fn run(verb: RulesVerb) -> Result<(), Failure> {
 }
 
 fn show(file: &Path, output: Output) -> Result<(), Failure> {
-    let shown = rules::show(&load(file)?).map_err(refused)?;
+    let shown = rules::show(&load(file)?)?;
     print(&match output {
         Output::Json => json(&shown)?,
         Output::Table => table(&shown),
@@ -30,7 +30,7 @@ fn show(file: &Path, output: Output) -> Result<(), Failure> {
 
 /// Every step of a `weir run`, as a script: run as it is, it makes them; the undo stands in comments.
 fn steps(file: &Path, output: Output) -> Result<(), Failure> {
-    let steps = rules::steps(&load(file)?).map_err(refused)?;
+    let steps = rules::steps(&load(file)?)?;
     print(&match output {
         Output::Json => json(&steps)?,
         Output::Table => script(&steps),
@@ -38,7 +38,7 @@ fn steps(file: &Path, output: Output) -> Result<(), Failure> {
 }
 
 fn apply(file: &Path, output: Output) -> Result<(), Failure> {
-    let done = rules::apply(&load(file)?).map_err(refused)?;
+    let done = rules::apply(&load(file)?)?;
     print(&match output {
         Output::Json => json(&done)?,
         Output::Table if done.is_empty() => NOTHING_STANDS.to_owned(),

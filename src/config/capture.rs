@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 
 use super::claims::{ADDRESS, Claim};
+use super::workloads::Scope;
 use super::{
     Destinations, Inbound, InboundCapture, Outbound, OutboundCapture, Ports, ProxyProtocol,
     SourceAddress, Workload,
@@ -17,11 +18,12 @@ use crate::yaml::{Kind, Mistakes, Node, Section, parsed};
 
 pub(super) fn inbound(
     node: Node,
+    scope: &Scope,
     claims: &mut Vec<Claim>,
     mistakes: &mut Mistakes,
 ) -> Option<Inbound> {
     let place = node.place;
-    let mut section = Section::open(Some(node), "inbound", mistakes);
+    let mut section = Section::open(Some(node), &scope.key("inbound"), mistakes);
     let inbound = Inbound {
         capture: section.word("capture", &INBOUND, mistakes).unwrap_or(InboundCapture::Tproxy),
         listen: section.parsed("listen", ADDRESS, mistakes).unwrap_or(INBOUND_LISTEN),
@@ -33,45 +35,51 @@ pub(super) fn inbound(
         source_ports: source_ports(&mut section, mistakes).unwrap_or(SOURCE_PORTS),
     };
     if inbound.capture == InboundCapture::Redirect {
-        mistakes.add(place, "inbound.capture", "redirect is not in this version: use tproxy");
+        let path = section.path("capture");
+        mistakes.add(place, &path, "redirect is not in this version: use tproxy");
     }
-    claims.push(Claim::new("inbound", place, inbound.listen));
+    let claim = Claim::new(&scope.key("inbound"), place, inbound.listen);
+    claims.push(claim.within(&scope.namespace));
     section.finish(mistakes);
     Some(inbound)
 }
 
 pub(super) fn outbound(
     node: Node,
+    scope: &Scope,
     claims: &mut Vec<Claim>,
     mistakes: &mut Mistakes,
 ) -> Option<Outbound> {
     let place = node.place;
-    let mut section = Section::open(Some(node), "outbound", mistakes);
+    let mut section = Section::open(Some(node), &scope.key("outbound"), mistakes);
     let capture = section.word("capture", &OUTBOUND, mistakes).unwrap_or(OutboundCapture::Connect);
     let listen = section.parsed("listen", ADDRESS, mistakes).unwrap_or(OUTBOUND_LISTEN);
-    let workload = workload(section.take("workload"), mistakes);
+    let whose = section.section("workload", mistakes);
+    let workload = scope.whose(workload(whose, mistakes), capture, (&section, mistakes));
     let include = destinations(section.section("include", mistakes), true, mistakes);
     let exclude = destinations(section.section("exclude", mistakes), false, mistakes);
     if capture != OutboundCapture::Connect {
-        mistakes.add(place, "outbound.capture", "only connect is in this version");
+        mistakes.add(place, &section.path("capture"), "only connect is in this version");
     }
     if !listen.ip().is_loopback() {
         let text = format!("`{listen}`: must be a loopback address, as 127.0.0.1:15001");
-        mistakes.add(place, "outbound.listen", text);
+        mistakes.add(place, &section.path("listen"), text);
     }
     match workload {
         Some(Workload::Cgroups(_)) => {}
         Some(Workload::Uid(_)) => {
-            mistakes.add(place, "outbound.workload", "capture connect needs a cgroup, not a uid");
+            let text = "capture connect needs a cgroup, not a uid";
+            mistakes.add(place, &section.path("workload"), text);
         }
         None => {
             let text = "capture connect needs one: `workload: { cgroup: /path }`, relative to the \
                         cgroup v2 mount";
-            mistakes.add(place, "outbound.workload", text);
+            mistakes.add(place, &section.path("workload"), text);
         }
     }
     for ip in LOOPBACK {
-        claims.push(Claim::new("outbound", place, SocketAddr::new(ip, listen.port())));
+        let claim = Claim::new(&scope.key("outbound"), place, SocketAddr::new(ip, listen.port()));
+        claims.push(claim.within(&scope.namespace));
     }
     section.finish(mistakes);
     Some(Outbound { capture, exclude, include, listen, workload })
@@ -89,15 +97,15 @@ fn source_ports(section: &mut Section, mistakes: &mut Mistakes) -> Option<RangeI
     Some(range)
 }
 
-fn workload(node: Option<Node>, mistakes: &mut Mistakes) -> Option<Workload> {
-    let mut section = Section::open(Some(node?), "outbound.workload", mistakes);
+fn workload(mut section: Section, mistakes: &mut Mistakes) -> Option<Workload> {
     let place = section.place();
+    let path = section.path("cgroup").replace(".cgroup", "");
     let cgroups = cgroups(&mut section, mistakes);
     let uid = section.number("uid", 0..=u32::MAX - 1, mistakes);
     section.finish(mistakes);
     match (cgroups, uid) {
         (Some(_), Some(_)) => {
-            mistakes.add(place, "outbound.workload", "must be a cgroup or a uid, not both");
+            mistakes.add(place, &path, "must be a cgroup or a uid, not both");
             None
         }
         (Some(paths), None) => Some(Workload::Cgroups(paths)),

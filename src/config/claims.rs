@@ -3,18 +3,25 @@
 
 use std::net::SocketAddr;
 
+use super::Namespace;
 use crate::yaml::{Mistakes, Place};
 
 /// An address that something of ours shall listen on.
 pub(super) struct Claim {
     addr: SocketAddr,
+    namespace: Namespace,
     path: String,
     place: Place,
 }
 
 impl Claim {
     pub(super) fn new(path: &str, place: Place, addr: SocketAddr) -> Claim {
-        Claim { addr, path: path.to_owned(), place }
+        Claim { addr, namespace: Namespace::Own, path: path.to_owned(), place }
+    }
+
+    /// In another network namespace, where addresses are others.
+    pub(super) fn within(self, namespace: &Namespace) -> Claim {
+        Claim { namespace: namespace.clone(), ..self }
     }
 }
 
@@ -22,7 +29,8 @@ impl Claim {
 pub(super) fn overlaps(claims: &[Claim], mistakes: &mut Mistakes) {
     for (index, claim) in claims.iter().enumerate() {
         for other in claims.iter().take(index) {
-            if other.path != claim.path && overlap(other.addr, claim.addr) {
+            let same = other.namespace == claim.namespace;
+            if same && other.path != claim.path && overlap(other.addr, claim.addr) {
                 let text = format!("listens where {} does ({})", other.path, other.addr);
                 mistakes.add(claim.place, &claim.path, text);
             }

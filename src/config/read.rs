@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::claims::{ADDRESS, Claim, overlaps};
-use super::{Admin, Config, Forward, OnChange, OnExit, Workers, capture, service};
+use super::{Admin, Config, Forward, OnChange, OnExit, Workers, service, workloads};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
 
@@ -45,23 +45,22 @@ impl Config {
 
 fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Config {
     let mut claims = Vec::new();
-    let (inbound, outbound) = (section.take("inbound"), section.take("outbound"));
     let config = Config {
         profile: profile(section, directory, mistakes),
         workers: workers(section, mistakes),
         on_change: section.word("on_change", &ON_CHANGE, mistakes).unwrap_or(OnChange::Repair),
         on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
-        inbound: inbound.and_then(|node| capture::inbound(node, &mut claims, mistakes)),
-        outbound: outbound.and_then(|node| capture::outbound(node, &mut claims, mistakes)),
+        workloads: workloads::all(section, &mut claims, mistakes),
         forward: forwards(section, &mut claims, mistakes),
         admin: admin(section.section("admin", mistakes), &mut claims, mistakes),
     };
     if let Some(node) = section.take("takeover") {
         mistakes.add(node.place, "takeover", "is not in this version");
     }
-    let captures = config.inbound.is_some() || config.outbound.is_some();
+    let captures = !config.workloads.is_empty();
     if !captures && config.forward.is_empty() && mistakes.is_empty() {
-        let text = "asks for nothing: give it `inbound:`, `outbound:` or a `forward:` list";
+        let text = "asks for nothing: give it `inbound:`, `outbound:`, or a list `forward:` or \
+                    `workloads:`";
         mistakes.add(section.place(), "", text);
     }
     overlaps(&claims, mistakes);

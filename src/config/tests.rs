@@ -21,12 +21,11 @@ fn what_is_not_said_has_a_default() {
             manner: Manner::of(Balance::RoundRobin),
             name: "forward-0".to_owned(),
         }],
-        inbound: None,
         on_change: OnChange::Repair,
         on_exit: OnExit::Open,
-        outbound: None,
         profile: Profile::default(),
         workers: Workers::Auto,
+        workloads: Vec::new(),
     };
     assert_eq!(config, expected);
 }
@@ -77,8 +76,8 @@ fn endpoint_may_carry_weight_and_zone() {
 
 #[test]
 fn nothing_asked_is_refused_and_so_is_what_is_no_yaml() {
-    let nothing =
-        "weir.yaml:1:1: asks for nothing: give it `inbound:`, `outbound:` or a `forward:` list";
+    let nothing = "weir.yaml:1:1: asks for nothing: give it `inbound:`, `outbound:`, or a list \
+                   `forward:` or `workloads:`";
     assert_eq!(mistakes("# only a comment\n"), [nothing]);
     assert_eq!(mistakes(""), [nothing]);
     assert_eq!(mistakes("a: [1\n").len(), 1);
@@ -92,6 +91,57 @@ fn listeners_that_overlap_are_an_error() {
     assert_eq!(
         mistakes(text),
         ["weir.yaml:3:5: forward[1]: listens where forward[0] does ([::]:80)"]
+    );
+}
+
+#[test]
+fn workloads_are_read_into_one_list() {
+    let text = "inbound: {}\nworkloads:\n- { name: a, netns: /run/netns/a, inbound: {}, outbound: {} }\n\
+                - { pid: 7, outbound: { workload: { cgroup: /x } } }\n\
+                - { name: c, cgroup: /c, outbound: { listen: \"127.0.0.1:15002\" } }\n";
+    let config = Config::parse("weir.yaml", None, text).unwrap();
+    let seen = |index: usize| {
+        let Captured { name, namespace, outbound, .. } = &config.workloads[index];
+        let whose = outbound.as_ref().and_then(|outbound| outbound.workload.clone());
+        (name.as_str(), namespace.clone(), whose)
+    };
+    assert_eq!(seen(0), ("", Namespace::Own, None));
+    let everywhere = Some(Workload::Cgroups(vec!["/".into()]));
+    assert_eq!(seen(1), ("a", Namespace::Path("/run/netns/a".into()), everywhere));
+    assert_eq!(
+        seen(2),
+        ("workload-1", Namespace::Process(7), Some(Workload::Cgroups(vec!["/x".into()])))
+    );
+    assert_eq!(seen(3), ("c", Namespace::Own, Some(Workload::Cgroups(vec!["/c".into()]))));
+}
+
+#[test]
+fn workloads_that_cannot_stand_together_are_mistakes() {
+    let text = "inbound: {}\nworkloads:\n- { name: a, netns: /a, pid: 1, inbound: {} }\n\
+                - { name: b, inbound: {} }\n- { name: b, cgroup: /c, inbound: {} }\n\
+                - { name: c, netns: /c, inbound: {} }\n- { name: c, netns: /c, inbound: {} }\n\
+                - { name: e, netns: /e }\n- { name: f, cgroup: /f, outbound: {} }\n\
+                - { name: g, cgroup: /g, outbound: {} }\n";
+    let one_of = "must have one of `netns: /run/netns/NAME`, `pid: NUMBER` and `cgroup: /PATH`";
+    let inbound = "traffic to a cgroup cannot be told from other traffic: give it a netns or a \
+                   pid, or put `inbound` at the top of the file";
+    let twin = "has the network namespace of c: what is captured in one stands in one entry";
+    let twice = "listens where workloads[3].inbound does ([::]:15006)";
+    let overlap = "listens where workloads[6].outbound does";
+    assert_eq!(
+        mistakes(text),
+        [
+            format!("weir.yaml:3:3: workloads[0]: {one_of}"),
+            format!("weir.yaml:4:3: workloads[1]: {one_of}"),
+            format!("weir.yaml:5:3: workloads[2].inbound: {inbound}"),
+            "weir.yaml:7:3: workloads[4]: the name c is taken".to_owned(),
+            format!("weir.yaml:7:3: workloads[4]: {twin}"),
+            format!("weir.yaml:7:34: workloads[4].inbound: {twice}"),
+            "weir.yaml:8:3: workloads[5]: captures nothing: give it `inbound:` or `outbound:`"
+                .to_owned(),
+            format!("weir.yaml:10:36: workloads[7].outbound: {overlap} (127.0.0.1:15001)"),
+            format!("weir.yaml:10:36: workloads[7].outbound: {overlap} ([::1]:15001)"),
+        ]
     );
 }
 

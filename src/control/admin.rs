@@ -174,7 +174,7 @@ async fn readyz(State(running): State<Arc<Running>>) -> impl IntoResponse {
 async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let counters: Vec<_> = running.workers.iter().map(|worker| worker.counters()).collect();
     let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
-    let losses = running.records.as_ref().map(|records| records.losses()).unwrap_or_default();
+    let losses = running.records.iter().map(|records| records.losses()).collect();
     let rules_lost = running.rules_lost.counts();
     let extra = exposition::Extra { fallbacks: fallbacks.collect(), losses, rules_lost };
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))

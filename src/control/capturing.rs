@@ -5,32 +5,41 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::Running;
+use super::places::Place;
+use super::{RunError, Running};
 use crate::capture::{
-    self, Capture, CaptureError, Filters, HookPlan, MARK_MASK, Netfilter, OWN_MARK, Part, Plan,
-    Prepared, Way,
+    self, Capture, Filters, HookPlan, Netfilter, Part, Plan, Prepared, SOCKET_MARK,
+    SOCKET_MARK_MASK, Way,
 };
 use crate::config::{
-    Config, InboundCapture, OnChange, OnExit, Outbound, OutboundCapture, SourceAddress, Workload,
+    Captured, Config, InboundCapture, Namespace, OnChange, OnExit, Outbound, OutboundCapture,
+    SourceAddress, Workload,
 };
 
-/// Capture in place.
+/// Capture in place, in one network namespace after the other.
 pub(super) struct Capturing {
-    capture: Capture,
     look_at: Instant,
-    /// What was missing at the last look.
-    missing: Option<Part>,
-    on_change: OnChange,
-    /// Connects that others had led elsewhere when it was last said, and when that may be said again.
-    overruled: (u64, Instant),
+    places: Vec<Taken>,
 }
 
-/// The plan of a config; `None` if it captures nothing.
-pub(super) fn plan(config: &Config) -> Option<Plan> {
-    if config.inbound.is_none() && config.outbound.is_none() {
+/// Capture in one network namespace.
+struct Taken {
+    /// `None` only while it is being dropped.
+    capture: Option<Capture>,
+    /// What was missing at the last look.
+    missing: Option<Part>,
+    /// Connects that others had led elsewhere when it was last said, and when that may be said again.
+    overruled: (u64, Instant),
+    place: Place,
+}
+
+/// The plan of one network namespace; `None` if nothing is captured there.
+pub(super) fn plan(captured: &[Captured], config: &Config) -> Option<Plan> {
+    if captured.is_empty() {
         return None;
     }
-    let inbound = config.inbound.as_ref().map(|inbound| capture::Inbound {
+    let inbound = captured.iter().find_map(|captured| captured.inbound.as_ref());
+    let inbound = inbound.map(|inbound| capture::Inbound {
         exclude: inbound.ports.exclude.clone(),
         include: inbound.ports.include.clone(),
         keep_source: inbound.source == SourceAddress::Keep,
@@ -40,21 +49,31 @@ pub(super) fn plan(config: &Config) -> Option<Plan> {
             InboundCapture::Tproxy => Way::Tproxy,
         },
     });
-    let outbound = config.outbound.iter().filter_map(|outbound| match outbound.capture {
+    let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
+    let outbound = outbound.filter_map(|outbound| match outbound.capture {
         OutboundCapture::Connect => hook(outbound, config).map(capture::Outbound::Connect),
         OutboundCapture::Redirect => Some(netfilter(outbound, Way::Redirect, config)),
         OutboundCapture::Tproxy => Some(netfilter(outbound, Way::Tproxy, config)),
     });
+    let is_home = captured.iter().any(|captured| captured.namespace == Namespace::Own);
+    let own_ports = if is_home { own_ports(config, captured) } else { listen_ports(captured) };
     let closed = config.on_exit == OnExit::Closed;
-    Some(Plan { closed, inbound, outbound: outbound.collect(), own_ports: own_ports(config) })
+    Some(Plan { closed, inbound, outbound: outbound.collect(), own_ports })
 }
 
-/// Every port that weir listens on with this config.
-pub(super) fn own_ports(config: &Config) -> Vec<u16> {
-    let forward = config.forward.iter().map(|forward| forward.listen);
-    let inbound = config.inbound.iter().map(|inbound| inbound.listen);
-    let outbound = config.outbound.iter().map(|outbound| outbound.listen);
-    let all = forward.chain(inbound).chain(outbound).chain(config.admin.http);
+/// Every port that weir listens on where it was started, if this is captured there.
+pub(super) fn own_ports(config: &Config, captured: &[Captured]) -> Vec<u16> {
+    let others = config.forward.iter().map(|forward| forward.listen).chain(config.admin.http);
+    let others = others.map(|addr| addr.port()).filter(|port| *port > 0);
+    listen_ports(captured).into_iter().chain(others).collect()
+}
+
+/// Every port on which captured connections wait.
+pub(super) fn listen_ports(captured: &[Captured]) -> Vec<u16> {
+    let inbound = captured.iter().filter_map(|captured| captured.inbound.as_ref());
+    let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
+    let inbound = inbound.map(|inbound| inbound.listen);
+    let all = inbound.chain(outbound.map(|outbound| outbound.listen));
     all.map(|addr| addr.port()).filter(|port| *port > 0).collect()
 }
 
@@ -65,8 +84,8 @@ fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
         cgroups: cgroups.clone(),
         closed: config.on_exit == OnExit::Closed,
         filters: filters(outbound),
-        own_mark: OWN_MARK,
-        own_mark_mask: MARK_MASK,
+        own_mark: SOCKET_MARK,
+        own_mark_mask: SOCKET_MARK_MASK,
         port: outbound.listen.port(),
         records_max: config.profile.limits.flows_max.max(RECORDS_MIN),
     })
@@ -102,61 +121,120 @@ fn filters(outbound: &Outbound) -> Filters {
 impl Capturing {
     /// Takes the traffic, and says so.
     pub(super) fn install(
-        prepared: Prepared,
+        prepared: Vec<(Place, Option<Prepared>)>,
         running: &Running,
-    ) -> Result<Capturing, CaptureError> {
-        let capture = prepared.install()?;
+    ) -> Result<Capturing, RunError> {
+        let mut places = Vec::with_capacity(prepared.len());
+        for (place, prepared) in prepared {
+            let Some(prepared) = prepared else { continue };
+            let capture = Some(place.within(|| prepared.install())??);
+            let overruled = (0, Instant::now());
+            places.push(Taken { capture, missing: None, overruled, place });
+        }
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
-        let now = Instant::now();
-        let on_change = running.on_change;
-        Ok(Capturing { capture, look_at: now, missing: None, on_change, overruled: (0, now) })
+        Ok(Capturing { look_at: Instant::now(), places })
     }
 
     /// Takes no more connections.
     pub(super) fn stop(&mut self, running: &Running) {
         running.capturing.store(false, Ordering::Release);
-        self.capture.stop();
+        for Taken { capture, place, .. } in &mut self.places {
+            if let Some(capture) = capture {
+                // A place that cannot be entered has nothing left to stop.
+                let _ = place.within(|| capture.stop());
+            }
+        }
     }
 
     /// Notices what somebody took away or changed, and puts it back or raises the alarm, as the config
-    /// says. While it is away, traffic flows directly.
+    /// says. While it is away, traffic flows directly. Lets go of network namespaces whose workload is
+    /// gone.
     pub(super) fn watch(&mut self, running: &Running) {
         if Instant::now() < self.look_at {
             return;
         }
         self.look_at = Instant::now() + LOOK_EVERY;
-        self.watch_neighbours();
-        let Some(part) = self.capture.missing() else {
-            if self.missing.take().is_some() {
-                tracing::info!("capture is in place again");
+        self.places.retain(|taken| !taken.left(running));
+        let mut stands = true;
+        for taken in &mut self.places {
+            taken.watch_neighbours();
+            stands &= taken.watch(running);
+        }
+        running.capturing.store(stands, Ordering::Release);
+    }
+}
+
+impl Taken {
+    /// True if the workload is gone, and every worker knows.
+    fn left(&self, running: &Running) -> bool {
+        let (name, number) = (self.place.name(), self.place.for_workers.number);
+        let gone =
+            self.place.is_gone() && running.workers.iter().all(|worker| worker.leave(number));
+        if gone {
+            tracing::warn!(workload = name, "its network namespace is gone: capture has ended");
+        }
+        gone
+    }
+
+    /// A program that runs after ours on the workload's connects has the last word.
+    fn watch_neighbours(&mut self) {
+        let (told, again_at) = self.overruled;
+        let Some(capture) = &self.capture else { return };
+        let count = capture.overruled();
+        if count == told || Instant::now() < again_at {
+            return;
+        }
+        self.overruled = (count, Instant::now() + TELL_EVERY);
+        let by = capture.overruling().join(", ");
+        let by = if by.is_empty() { "a program that is gone by now".to_owned() } else { by };
+        tracing::warn!(
+            workload = self.place.name(),
+            count,
+            "connects that weir had taken were led elsewhere by {by} (`bpftool cgroup tree` shows \
+             where it is attached)"
+        );
+    }
+
+    /// False if traffic flows directly now.
+    fn watch(&mut self, running: &Running) -> bool {
+        let Taken { capture: Some(capture), missing, place, .. } = self else { return true };
+        let workload = place.name();
+        let Ok(found) = place.within(|| capture.missing()) else { return false };
+        let Some(part) = found else {
+            if missing.take().is_some() {
+                tracing::info!(workload, "capture is in place again");
             }
-            return running.capturing.store(true, Ordering::Release);
+            return true;
         };
-        let is_new = self.missing.replace(part) != Some(part);
+        let is_new = missing.replace(part) != Some(part);
         if is_new {
             running.rules_lost.count(part);
         }
         // A cgroup that is made anew is no edit of rules.
-        let mended = match self.on_change {
+        let mended = match running.on_change {
             OnChange::Alarm if part != Part::Cgroup => None,
-            _ => Some(self.capture.mend(part)),
+            _ => place.within(|| capture.mend(part)).ok(),
         };
-        running.capturing.store(matches!(mended, Some(Ok(()))), Ordering::Release);
-        match mended {
+        match &mended {
             Some(Ok(())) => {
-                self.missing = None;
-                tracing::warn!("the {part} was gone or changed: capture is in place again");
+                *missing = None;
+                tracing::warn!(
+                    workload,
+                    "the {part} was gone or changed: capture is in place again"
+                );
             }
             Some(Err(error)) if is_new => {
-                tracing::error!("the {part} is gone, traffic flows directly: {error}");
+                tracing::error!(workload, "the {part} is gone, traffic flows directly: {error}");
             }
             None if is_new => tracing::error!(
+                workload,
                 "the {part} is gone or changed, and on_change says alarm: weir is not ready until it is \
                  put back (`weir rules show`) or weir starts anew"
             ),
             _ => {} // Said already.
         }
+        matches!(mended, Some(Ok(())))
     }
 }
 
@@ -178,22 +256,11 @@ impl RulesLost {
     }
 }
 
-impl Capturing {
-    /// A program that runs after ours on the workload's connects has the last word.
-    fn watch_neighbours(&mut self) {
-        let (told, again_at) = self.overruled;
-        let count = self.capture.overruled();
-        if count == told || Instant::now() < again_at {
-            return;
-        }
-        self.overruled = (count, Instant::now() + TELL_EVERY);
-        let by = self.capture.overruling().join(", ");
-        let by = if by.is_empty() { "a program that is gone by now".to_owned() } else { by };
-        tracing::warn!(
-            count,
-            "connects that weir had taken were led elsewhere by {by} (`bpftool cgroup tree` shows \
-             where it is attached)"
-        );
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let capture = self.capture.take();
+        // Where the place cannot be entered the capture is undone by the kernel.
+        let _ = self.place.within(|| drop(capture));
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::capturing;
+use super::start;
 use crate::capture::{Filters, HookPlan, Inbound, MARK_MASK, OWN_MARK, Outbound, Plan, Way};
 use crate::config::Config;
 use crate::profile::Profile;
@@ -47,9 +47,9 @@ pub fn run(config: Option<&Config>) -> Vec<Finding> {
     let mut findings = rings(&profile);
     findings.extend(captures());
     findings.extend(limits(&profile));
-    if let Some(plan) = config.and_then(capturing::plan) {
-        let prepared = plan.prepare().map(drop);
-        let what = "what this config captures can be captured in this network namespace";
+    if let Some(config) = config.filter(|config| !config.workloads.is_empty()) {
+        let prepared = start::prepare(config).map(drop);
+        let what = "what this config captures can be captured where its workloads live";
         findings.push(finding("config", what, prepared.map_err(|error| error.to_string())));
     }
     findings

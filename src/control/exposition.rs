@@ -22,7 +22,7 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
     let mut totals = Totals::sum(counters);
     totals.families.extend([
         fallbacks(&Sum(counters), &extra.fallbacks),
-        hook_losses(extra.losses),
+        hook_losses(&extra.losses),
         queues(),
         rules_lost(&extra.rules_lost),
     ]);
@@ -39,8 +39,8 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
 pub(super) struct Extra {
     /// What the kernel lacks, once for each worker that found out.
     pub(super) fallbacks: Vec<Fallback>,
-    /// At the connect hook.
-    pub(super) losses: Losses,
+    /// At each connect hook.
+    pub(super) losses: Vec<Losses>,
     /// Parts of the capture that others took away.
     pub(super) rules_lost: Vec<(Part, u64)>,
 }
@@ -181,15 +181,15 @@ fn fallbacks(sum: &Sum<'_>, list: &[Fallback]) -> Family {
     Family { help: "A slower way was taken", name: "fallback", series }
 }
 
-fn hook_losses(losses: Losses) -> Family {
-    let Losses { overruled, passed, record_clash, records_full, refused, storage } = losses;
+fn hook_losses(losses: &[Losses]) -> Family {
+    let sum = |of: fn(&Losses) -> u64| losses.iter().map(of).sum::<u64>();
     let series = [
-        ("clash", record_clash),
-        ("full", records_full),
-        ("overruled", overruled),
-        ("passed", passed),
-        ("refused", refused),
-        ("storage", storage),
+        ("clash", sum(|losses| losses.record_clash)),
+        ("full", sum(|losses| losses.records_full)),
+        ("overruled", sum(|losses| losses.overruled)),
+        ("passed", sum(|losses| losses.passed)),
+        ("refused", sum(|losses| losses.refused)),
+        ("storage", sum(|losses| losses.storage)),
     ];
     let series = series.map(|(reason, count)| (vec![("reason", reason)], count));
     let help = "Connects that the hook wanted and did not bring to weir";
@@ -274,7 +274,8 @@ mod tests {
     #[test]
     fn each_fallback_is_counted_with_its_labels() {
         let fallback = Fallback { from: "receive_limit", since: "6.17", to: "receive_cancel" };
-        let extra = Extra { fallbacks: vec![fallback; 2], ..Extra::default() };
+        let (losses, rules_lost) = (Vec::new(), vec![(Part::Table, 2)]);
+        let extra = Extra { fallbacks: vec![fallback; 2], losses, rules_lost };
         let text = render(&[], extra);
         let line =
             "weir_fallback_total{from=\"receive_limit\",to=\"receive_cancel\",reason=\"kernel\"} 2";

@@ -4,8 +4,9 @@
 
 use serde::Serialize;
 
-use super::capturing;
-use crate::capture::{self, CaptureError, Left, Plan, Rule};
+use super::places::Place;
+use super::{RunError, start};
+use crate::capture::{self, CaptureError, Left, Rule};
 use crate::config::Config;
 
 /// What is asked for and what is there.
@@ -23,26 +24,43 @@ pub struct Shown {
 ///
 /// # Errors
 ///
-/// A workload's cgroup is not there, or a program that we need is missing.
-pub fn show(config: &Config) -> Result<Shown, CaptureError> {
+/// A workload's cgroup or network namespace is not there, or a program that we need is missing.
+pub fn show(config: &Config) -> Result<Shown, RunError> {
     let wanted = steps(config)?;
     let (held, left) = match capture::leftovers() {
         Ok(left) => (false, left),
         Err(CaptureError::Held) => (true, Vec::new()),
-        Err(error) => return Err(error),
+        Err(error) => return Err(error.into()),
     };
     let is_wanted = |left: &Left| wanted.iter().any(|rule| rule.undo.contains(&left.undo));
     let others = left.into_iter().filter(|left| !is_wanted(left)).collect();
     Ok(Shown { held, others, wanted })
 }
 
-/// What `config` asks for, step by step.
+/// What `config` asks for, step by step; where a workload lives elsewhere, by way of nsenter(1).
 ///
 /// # Errors
 ///
 /// As `show`.
-pub fn steps(config: &Config) -> Result<Vec<Rule>, CaptureError> {
-    capturing::plan(config).as_ref().map_or(Ok(Vec::new()), Plan::rules)
+pub fn steps(config: &Config) -> Result<Vec<Rule>, RunError> {
+    let mut all = Vec::new();
+    for place in Place::all(config)? {
+        let Some(plan) = place.plan(config) else { continue };
+        let rules = place.within(|| plan.rules())??;
+        all.extend(rules.into_iter().map(|rule| elsewhere(&place, rule)));
+    }
+    Ok(all)
+}
+
+/// A step as it is taken from where we are.
+fn elsewhere(place: &Place, rule: Rule) -> Rule {
+    let Some(prefix) = place.prefix().filter(|_| rule.by_hand) else { return rule };
+    Rule {
+        apply: format!("{prefix}{}", rule.apply),
+        undo: format!("{prefix}{}", rule.undo),
+        what: format!("{} (workload {})", rule.what, place.name()),
+        ..rule
+    }
 }
 
 /// Makes what can stand without a running weir, and says what it was.
@@ -50,9 +68,12 @@ pub fn steps(config: &Config) -> Result<Vec<Rule>, CaptureError> {
 /// # Errors
 ///
 /// Traffic cannot be captured here, or a running weir holds the rules.
-pub fn apply(config: &Config) -> Result<Vec<String>, CaptureError> {
-    match capturing::plan(config) {
-        Some(plan) => plan.prepare()?.apply(),
-        None => Ok(Vec::new()),
+pub fn apply(config: &Config) -> Result<Vec<String>, RunError> {
+    let mut done = Vec::new();
+    for (place, prepared) in start::prepare(config)? {
+        if let Some(prepared) = prepared {
+            done.extend(place.within(|| prepared.apply())??);
+        }
     }
+    Ok(done)
 }

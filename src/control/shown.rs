@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Config, Destinations, Forward, Inbound, InboundCapture, OnChange, OnExit, Outbound,
-    OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
+    Captured, Config, Destinations, Forward, Inbound, InboundCapture, Namespace, OnChange, OnExit,
+    Outbound, OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -31,11 +31,13 @@ pub fn config(config: &Config) -> Value {
         },
         "on_exit": match config.on_exit { OnExit::Closed => "closed", OnExit::Open => "open" },
     });
-    if let Some(found) = &config.inbound {
-        shown["inbound"] = inbound(found);
+    let (top, named): (Vec<_>, Vec<_>) =
+        config.workloads.iter().partition(|captured| captured.name.is_empty());
+    for captured in top {
+        show_captured(captured, &mut shown);
     }
-    if let Some(found) = &config.outbound {
-        shown["outbound"] = outbound(found);
+    if !named.is_empty() {
+        shown["workloads"] = named.into_iter().map(workload).collect();
     }
     if !config.forward.is_empty() {
         shown["forward"] = config.forward.iter().map(forward).collect();
@@ -63,6 +65,35 @@ fn workers(workers: &Workers) -> Value {
         Workers::Auto => "auto".into(),
         Workers::Count(count) => count.get().into(),
         Workers::Cpus(cpus) => cpus.clone().into(),
+    }
+}
+
+fn workload(captured: &Captured) -> Value {
+    let mut shown = json!({ "name": captured.name });
+    let outbound = captured.outbound.as_ref().and_then(|outbound| outbound.workload.as_ref());
+    match (&captured.namespace, outbound) {
+        (Namespace::Path(path), _) => shown["netns"] = path.display().to_string().into(),
+        (Namespace::Process(pid), _) => shown["pid"] = (*pid).into(),
+        (Namespace::Own, Some(Workload::Cgroups(paths))) => {
+            shown["cgroup"] = paths.iter().map(|path| path.display().to_string()).collect();
+        }
+        (Namespace::Own, _) => {}
+    }
+    show_captured(captured, &mut shown);
+    if captured.namespace == Namespace::Own
+        && let Some(outbound) = shown["outbound"].as_object_mut()
+    {
+        outbound.remove("workload"); // The entry itself says it.
+    }
+    shown
+}
+
+fn show_captured(captured: &Captured, shown: &mut Value) {
+    if let Some(found) = &captured.inbound {
+        shown["inbound"] = inbound(found);
+    }
+    if let Some(found) = &captured.outbound {
+        shown["outbound"] = outbound(found);
     }
 }
 
@@ -199,6 +230,10 @@ outbound:
   workload: { cgroup: /a/b }
   include: { cidrs: ["10.0.0.0/8", "fd00::1"], ports: all }
   exclude: { cidrs: ["10.9.0.0/16"], ports: [22] }
+workloads:
+  - { name: a, netns: /run/netns/a, inbound: { source: own }, outbound: { capture: connect } }
+  - { name: b, pid: 7, inbound: { source: own } }
+  - { name: c, cgroup: /c, outbound: { listen: "127.0.0.1:16002" } }
 forward:
   - { name: db, listen: "127.0.0.1:1", endpoints: ["127.0.0.1:2"], balance: least_flows }
   - name: web
@@ -257,6 +292,10 @@ admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
         let schema: Value = serde_json::from_str(crate::config::SCHEMA).unwrap();
         schema_keys(&schema, "", &mut described);
         shown.insert(".outbound.workload.uid".to_owned()); // Instead of a cgroup.
+        let captures = |key: &&String| key.starts_with(".inbound") || key.starts_with(".outbound");
+        let of_workloads: Vec<String> =
+            shown.iter().filter(captures).map(|key| format!(".workloads{key}")).collect();
+        shown.extend(of_workloads);
         assert_eq!(described, shown);
     }
 }

@@ -85,6 +85,9 @@ pub struct FlowView {
     pub relay: Relays,
     /// What was dialled.
     pub upstream: String,
+    /// Whose it is; absent for a workload without a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<String>,
 }
 
 /// Bytes of each direction.
@@ -125,6 +128,9 @@ impl From<FlowRow> for FlowView {
                 to_upstream: row.relay_to_upstream.label().to_owned(),
             },
             upstream: text(row.upstream),
+            workload: Some(row.workload.as_ref())
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned),
         }
     }
 }

@@ -29,11 +29,13 @@ pub enum CloseReason {
     LocalLimit,
     /// The upstream sent RST, or its connection broke.
     UpstreamReset,
+    /// The network namespace that it lived in is no more.
+    WorkloadGone,
 }
 
 impl CloseReason {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [CloseReason; 11] = [
+    pub const ALL: [CloseReason; 12] = [
         CloseReason::ConnectFailed,
         CloseReason::ConnectRefused,
         CloseReason::ConnectTimeout,
@@ -45,6 +47,7 @@ impl CloseReason {
         CloseReason::IdleTimeout,
         CloseReason::LocalLimit,
         CloseReason::UpstreamReset,
+        CloseReason::WorkloadGone,
     ];
 
     /// How many there are.
@@ -65,6 +68,7 @@ impl CloseReason {
             CloseReason::IdleTimeout => "idle_timeout",
             CloseReason::LocalLimit => "local_limit",
             CloseReason::UpstreamReset => "upstream_reset",
+            CloseReason::WorkloadGone => "workload_gone",
         }
     }
 

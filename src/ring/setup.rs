@@ -150,6 +150,7 @@ impl Ring {
             answers: Vec::with_capacity(setup.flows_max as usize * 2),
             broken: None,
             cancels: Cancels::new(setup.flows_max),
+            dialling: false,
             enters: 0,
             features: Features { deferred_work, ..Features::default() },
             flows_max: setup.flows_max,

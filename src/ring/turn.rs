@@ -100,6 +100,22 @@ impl Ring {
         false
     }
 
+    /// Dials made so far begin now: a socket belongs to the network namespace in which this thread is
+    /// when its request is submitted, which makes it at once (`io_socket` in io_uring/net.c). False if
+    /// the kernel does not take them.
+    pub fn begin_dials(&mut self) -> bool {
+        for _ in 0..SUBMIT_TRIES_MAX {
+            if !self.dialling {
+                return true;
+            }
+            if let Err(error) = self.enter(0, None) {
+                self.broken = Some(error);
+                return false;
+            }
+        }
+        false
+    }
+
     fn has_room(&mut self, entries: usize) -> bool {
         let queue = self.io.submission();
         queue.capacity() - queue.len() >= entries && self.scratch.has_room(entries)
@@ -162,11 +178,16 @@ impl Ring {
         match entered {
             Ok(submitted) if submitted < pending as usize => Ok(()), // The rest goes next time.
             Ok(_) => {
-                self.scratch.clear();
+                self.submitted();
                 Ok(())
             }
             Err(error) => self.forgive(error),
         }
+    }
+
+    fn submitted(&mut self) {
+        self.scratch.clear();
+        self.dialling = false;
     }
 
     /// Sorts what `io_uring_enter` can say (io_uring_enter(2)).
@@ -175,7 +196,7 @@ impl Ring {
             // The time is over: everything was submitted all the same.
             Some(libc::ETIME) => {
                 if self.io.submission().is_empty() {
-                    self.scratch.clear();
+                    self.submitted();
                 }
                 Ok(())
             }

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::destination::Destination;
@@ -14,7 +15,7 @@ use super::proxy_header::Header;
 use super::slab::Peers;
 use super::turn::Worker;
 use super::wheel::Clock;
-use super::{Listener, Route, Setup};
+use super::{Listener, Place, Route, Setup};
 use crate::addr::{Downstream, OriginalDst};
 use crate::capture::SourcePorts;
 use crate::config::ProxyProtocol;
@@ -39,15 +40,28 @@ pub(super) struct Listening {
 /// One listener.
 pub(super) struct State {
     accept: Accept,
+    fate: Fate,
     /// Closed once nothing will be accepted any more.
     fd: Option<OwnedFd>,
     origin: Origin,
+    /// Where it lives.
+    pub(super) place: Arc<Place>,
     /// Where it listens: who is accepted for this port was not captured.
     pub(super) port: u16,
     proxy_protocol: ProxyProtocol,
     /// Connections that a drain still takes from the queue, so that it ends even in a storm.
     rest: u32,
     pub(super) route: Route,
+    workload: Arc<str>,
+}
+
+/// What a listener does when its accept ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Fate {
+    /// It is closed at once.
+    Closes,
+    /// It accepts again.
+    Serves,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -121,13 +135,25 @@ impl Worker {
         }
     }
 
+    /// No more connections of this listener, not even those that wait.
+    pub(super) fn close_listener(&mut self, index: usize) {
+        let Some(state) = self.listening.states.get_mut(index) else { return };
+        state.fate = Fate::Closes;
+        match state.accept {
+            Accept::Many | Accept::One | Accept::Last => {
+                state.accept = Accept::Cancelled;
+                self.ring.cancel(token(index));
+            }
+            Accept::Idle => state.end(),
+            Accept::Cancelled | Accept::Over => {}
+        }
+    }
+
     /// An accept brought a connection, an error, or its end.
     pub(super) fn accepted(&mut self, index: usize, event: Event) {
         let now = self.clock.now();
-        if !event.more && self.drain_until.is_some() {
-            self.accept_rest(index, event.result);
-        } else if let Some(state) = self.listening.states.get_mut(index).filter(|_| !event.more) {
-            state.accept = Accept::Idle;
+        if !event.more {
+            self.accept_ended(index, event.result);
         }
         let Ok(listener) = u16::try_from(index) else { return };
         match u32::try_from(event.result) {
@@ -144,6 +170,15 @@ impl Worker {
                 self.counters.accept_paused.add(1);
                 self.listening.retry_at = Some(now.saturating_add(Clock::ticks(ACCEPT_RETRY)));
             }
+        }
+    }
+
+    fn accept_ended(&mut self, index: usize, result: i32) {
+        let Some(state) = self.listening.states.get_mut(index) else { return };
+        match (state.fate, self.drain_until) {
+            (Fate::Closes, _) => state.end(),
+            (Fate::Serves, Some(_)) => self.accept_rest(index, result),
+            (Fate::Serves, None) => state.accept = Accept::Idle,
         }
     }
 
@@ -222,7 +257,9 @@ impl Worker {
         if !self.listening.sources.enter(downstream.addr().ip()) {
             return self.deny(Denied::SourceLimit, &fd);
         }
-        let destination = match self.destination(listener, downstream, fd.as_fd()) {
+        let entered = self.enter(listener);
+        let destination = entered.and_then(|()| self.destination(listener, downstream, fd.as_fd()));
+        let destination = match destination {
             Ok(destination) => destination,
             Err(denied) => {
                 self.listening.sources.leave(downstream.addr().ip());
@@ -320,6 +357,23 @@ impl Listening {
         }
     }
 
+    /// Whether listener `index` lives in `place`.
+    pub(super) fn lives_in(&self, index: usize, place: u32) -> bool {
+        self.states.get(index).is_some_and(|state| state.place.number == place)
+    }
+
+    /// Nothing of `place` is held any more.
+    pub(super) fn forget(&mut self, place: u32, home: &Arc<Place>) {
+        for state in self.states.iter_mut().filter(|state| state.place.number == place) {
+            state.place = Arc::clone(home);
+        }
+    }
+
+    pub(super) fn workload(&self, listener: u16) -> Arc<str> {
+        let state = self.states.get(usize::from(listener));
+        state.map_or_else(Arc::default, |state| Arc::clone(&state.workload))
+    }
+
     pub(super) fn origin(&self, listener: u16) -> Origin {
         self.states.get(usize::from(listener)).map_or(Origin::Forward, |state| state.origin)
     }
@@ -335,7 +389,8 @@ impl Listening {
     }
 
     fn is_armed(&self) -> bool {
-        self.states.iter().all(|state| matches!(state.accept, Accept::Many | Accept::One))
+        let mut serving = self.states.iter().filter(|state| state.fate == Fate::Serves);
+        serving.all(|state| matches!(state.accept, Accept::Many | Accept::One))
     }
 
     fn ones(&self) -> u32 {
@@ -346,15 +401,25 @@ impl Listening {
 
 impl State {
     fn new(listener: Listener, backlog: u32) -> State {
-        let Listener { fd, proxy_protocol, route, .. } = listener;
+        let Listener { fd, place, proxy_protocol, route, workload, .. } = listener;
         let origin = match &route {
             Route::Recorded(_) => Origin::OutboundConnect,
             Route::Service { .. } => Origin::Forward,
             Route::Socket { origin, .. } => *origin,
         };
         let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());
-        let accept = Accept::Idle;
-        State { accept, fd: Some(fd), origin, port, proxy_protocol, rest: backlog, route }
+        State {
+            accept: Accept::Idle,
+            fate: Fate::Serves,
+            fd: Some(fd),
+            origin,
+            place,
+            port,
+            proxy_protocol,
+            rest: backlog,
+            route,
+            workload,
+        }
     }
 
     /// Closing the socket makes the kernel refuse whoever comes later.

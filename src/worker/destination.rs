@@ -46,7 +46,7 @@ impl Worker {
             }
         };
         let dst = dst.ok_or(Denied::UnknownDestination)?.addr();
-        if self.setup.own_ports.forbids(dst) {
+        if state.place.own_ports.forbids(dst) {
             let is_direct = dst.port() == state.port;
             return Err(if is_direct { Denied::Direct } else { Denied::OwnPort });
         }
@@ -120,6 +120,10 @@ impl Worker {
             return false;
         }
         let Peers { listener, source: old, upstream, .. } = entry.peers;
+        if self.enter(listener).is_err() {
+            return false;
+        }
+        let Some(entry) = self.slab.entry(slot) else { return false };
         let old = old.filter(|_| entry.redials < REDIALS_MAX);
         let new = old.and_then(|old| self.listening.choose_source(listener, old.ip(), upstream));
         let (Some(old), Some(new)) = (old, new) else {
@@ -145,7 +149,7 @@ impl Worker {
         }
         let id = *id;
         self.note_failure(slot);
-        if !may_redial {
+        if !may_redial || self.enter(peers.listener).is_err() {
             return false;
         }
         let key = peers.downstream.map_or(0, |downstream| key_of(downstream.ip()));

@@ -22,6 +22,8 @@ pub(super) enum Letter {
     Endpoints(mpsc::Sender<Vec<Tally>>),
     /// List the flows.
     Flows(mpsc::Sender<Vec<FlowRow>>),
+    /// The workload in this place is gone: end its listeners and flows.
+    Leave(u32),
     /// Go on with these services.
     Services(Update),
 }

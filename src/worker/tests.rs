@@ -36,15 +36,17 @@ impl Forwarder {
         let route = Route::Service { balance: Balance::RoundRobin, id };
         let handle = spawn(Setup {
             cpu: None,
+            home: Arc::default(),
             index: 0,
             listeners: vec![Listener {
                 fd,
                 name: "test".into(),
+                place: Arc::default(),
                 proxy_protocol: ProxyProtocol::Off,
                 route,
+                workload: Arc::default(),
             }],
             marks: None,
-            own_ports: Arc::default(),
             profile: Arc::new(profile),
             services: Update::new(services.table(), None),
             share,

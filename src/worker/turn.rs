@@ -32,6 +32,8 @@ pub(super) struct Worker {
     pub(super) counters: Arc<Counters>,
     /// When draining: the tick at which what is left is reset.
     pub(super) drain_until: Option<u32>,
+    /// The number of the place that this thread is in.
+    pub(super) inside: u32,
     pub(super) listening: Listening,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) ring: Ring,
@@ -143,7 +145,7 @@ impl Worker {
     }
 
     /// One completion for one flow.
-    fn step(&mut self, slot: FlowId, completion: Completion) {
+    pub(super) fn step(&mut self, slot: FlowId, completion: Completion) {
         if self.is_redialled(slot, completion) {
             return;
         }
@@ -293,6 +295,7 @@ impl Worker {
                     // As with flows.
                     let _ = to.send(self.services.tallies(self.clock.instant()));
                 }
+                Letter::Leave(place) => self.leave(place),
                 Letter::Flows(to) => {
                     // Whoever asked may have stopped waiting: nothing is lost.
                     let _ = to.send(self.rows());
@@ -337,6 +340,7 @@ impl Worker {
                 relay_to_downstream: flow.relay(Side::Upstream),
                 relay_to_upstream: flow.relay(Side::Downstream),
                 upstream: entry.peers.upstream,
+                workload: self.listening.workload(entry.peers.listener),
             })
             .collect()
     }

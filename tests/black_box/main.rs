@@ -18,3 +18,4 @@ mod ring;
 mod rules;
 mod services;
 mod tune;
+mod workloads;

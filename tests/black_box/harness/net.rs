@@ -23,6 +23,8 @@ pub(crate) struct Net {
 pub(crate) enum Place {
     Client,
     Node,
+    /// A workload's own, beside the node; see `Net::with_pods`.
+    Pod(u8),
     Server,
 }
 
@@ -73,8 +75,57 @@ impl Net {
         net
     }
 
+    /// As `new`, with three more namespaces, each joined to the client by a cable. There is no way
+    /// between them and the node.
+    pub(crate) fn with_pods() -> Net {
+        let net = Net::new();
+        let client = net.namespace(Place::Client);
+        for pod in Net::PODS {
+            let (namespace, link) = (net.namespace(pod), net.link(pod));
+            run(&["ip", "netns", "add", &namespace]);
+            run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
+            let add = ["ip", "-n", &client, "link", "add", &link, "type", "veth"];
+            run(&[&add[..], &["peer", "name", "client", "netns", &namespace]].concat());
+            let ends = [(&namespace, "client", 2), (&client, link.as_str(), 1)];
+            for (namespace, link, host) in ends {
+                let (v4, v6) = (format!("{}/24", net.pod_v4(pod, host)), net.pod_v6(pod, host));
+                run(&["ip", "-n", namespace, "addr", "add", &v4, "dev", link]);
+                let v6 = format!("{v6}/64");
+                run(&["ip", "-n", namespace, "addr", "add", &v6, "dev", link, "nodad"]);
+                run(&["ip", "-n", namespace, "link", "set", link, "up"]);
+            }
+            net.set(pod, "net.ipv4.tcp_fwmark_accept=1");
+        }
+        net
+    }
+
+    pub(crate) const PODS: [Place; 3] = [Place::Pod(0), Place::Pod(1), Place::Pod(2)];
+
+    /// Host 1 is the client as the pod sees it, host 2 the pod.
+    pub(crate) fn pod_v4(&self, pod: Place, host: u8) -> String {
+        format!("10.98.1{}.{host}", self.number(pod))
+    }
+
+    pub(crate) fn pod_v6(&self, pod: Place, host: u8) -> String {
+        format!("fd98:1{}::{host}", self.number(pod))
+    }
+
+    /// The client's end of a pod's cable.
+    pub(crate) fn link(&self, pod: Place) -> String {
+        format!("pod{}", self.number(pod))
+    }
+
+    fn number(&self, pod: Place) -> u8 {
+        let Place::Pod(number) = pod else { unreachable!("{} has no pod {pod:?}", self.name) };
+        number
+    }
+
     pub(crate) fn namespace(&self, place: Place) -> String {
-        format!("{}-{}", self.name, format!("{place:?}").to_lowercase())
+        let place = match place {
+            Place::Pod(number) => format!("pod{number}"),
+            place => format!("{place:?}").to_lowercase(),
+        };
+        format!("{}-{place}", self.name)
     }
 
     /// A command that will run in `place`.
@@ -153,18 +204,26 @@ impl Net {
 
     /// TCP sockets of the node that are not in TIME_WAIT, without the listeners.
     pub(crate) fn sockets(&self) -> String {
+        self.sockets_in(Place::Node)
+    }
+
+    pub(crate) fn sockets_in(&self, place: Place) -> String {
         let words = ["ss", "-Htan", "state", "connected", "exclude", "time-wait"];
-        self.run(Place::Node, &words)
+        self.run(place, &words)
     }
 
     /// Nothing of weir is left in the node but sockets in TIME_WAIT.
     pub(crate) fn is_clean(&self) -> bool {
+        self.is_clean_in(Place::Node)
+    }
+
+    pub(crate) fn is_clean_in(&self, place: Place) -> bool {
         let is_own_table = |line: &str| line == "table inet weir";
-        !self.run(Place::Node, &["nft", "list", "tables"]).lines().any(is_own_table)
-            && ["-4", "-6"].iter().all(|family| {
-                !self.run(Place::Node, &["ip", family, "rule"]).contains("lookup 133")
-            })
-            && self.sockets().is_empty()
+        !self.run(place, &["nft", "list", "tables"]).lines().any(is_own_table)
+            && ["-4", "-6"]
+                .iter()
+                .all(|family| !self.run(place, &["ip", family, "rule"]).contains("lookup 133"))
+            && self.sockets_in(place).is_empty()
     }
 }
 
@@ -271,7 +330,7 @@ fn sweep() {
 
 /// Ends what still runs in the namespaces, which are nobody else's, and removes them.
 fn remove(name: &str) {
-    for place in ["client", "node", "server"] {
+    for place in ["client", "node", "server", "pod0", "pod1", "pod2"] {
         let namespace = format!("{name}-{place}");
         if !Path::new("/run/netns").join(&namespace).exists() {
             continue;

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Listening sockets: for each worker its own socket of every listener, in the network namespace in
+//! which it is wanted.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::RunError;
+use super::places::Place;
+use crate::capture::{OWN_MARK, Prepared, Records};
+use crate::config::{
+    Captured, Config, Forward, Inbound, Outbound, OutboundCapture, ProxyProtocol, SourceAddress,
+};
+use crate::metrics::Origin;
+use crate::profile::Profile;
+use crate::service::ServiceId;
+use crate::sys::netns;
+use crate::sys::socket::{ListenError, ListenOptions, listen};
+use crate::worker::{self, Listener, Route, Source};
+
+/// The listeners of every worker.
+pub(super) fn open(
+    config: &Config,
+    prepared: &[(Place, Option<Prepared>)],
+    services: &[ServiceId],
+    workers: usize,
+) -> Result<Vec<Vec<Listener>>, RunError> {
+    let Profile { limits, sockets, .. } = &config.profile;
+    let options = ListenOptions {
+        backlog: limits.backlog,
+        nodelay: sockets.nodelay,
+        shared: workers > 1,
+        ..ListenOptions::default()
+    };
+    let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
+    for (index, (place, prepared)) in prepared.iter().enumerate() {
+        let is_home = index == 0;
+        let forwards = if is_home { config.forward.as_slice() } else { &[] };
+        let forwards = forwards.iter().zip(services.iter().copied()).collect();
+        let records = prepared.as_ref().map(Prepared::records).unwrap_or_default();
+        let opening = Opening { forwards, options, place, records: &records };
+        place.within(|| opening.open(&mut all))??;
+    }
+    Ok(all)
+}
+
+/// What is opened in one place.
+struct Opening<'a> {
+    /// Each with its service.
+    forwards: Vec<(&'a Forward, ServiceId)>,
+    options: ListenOptions,
+    place: &'a Place,
+    /// Of the connect hooks there, in the order of the plan.
+    records: &'a [Arc<Records>],
+}
+
+impl Opening<'_> {
+    fn open(&self, all: &mut [Vec<Listener>]) -> Result<(), ListenError> {
+        self.probe_ports()?;
+        for worker in all {
+            for (forward, id) in &self.forwards {
+                worker.push(self.forward(forward, *id)?);
+            }
+            let mut records = self.records.iter();
+            for captured in &self.place.captured {
+                if let Some(inbound) = &captured.inbound {
+                    worker.push(self.inbound(captured, inbound)?);
+                }
+                if let Some(outbound) = &captured.outbound {
+                    let hooked = outbound.capture == OutboundCapture::Connect;
+                    let records = if hooked { records.next() } else { None };
+                    self.outbound(captured, outbound, records, worker)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sockets that share a port would share it with another weir too: each must be free first.
+    fn probe_ports(&self) -> Result<(), ListenError> {
+        let options = ListenOptions { shared: false, ..self.options };
+        let forward = self.forwards.iter().map(|(forward, _)| forward.listen);
+        let captured = &self.place.captured;
+        let inbound = captured.iter().filter_map(|captured| captured.inbound.as_ref());
+        let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
+        let outbound = outbound
+            .flat_map(|outbound| loopbacks().map(|ip| SocketAddr::new(ip, outbound.listen.port())));
+        let mut all = forward.chain(inbound.map(|inbound| inbound.listen)).chain(outbound);
+        all.try_for_each(|addr| listen_patiently(addr, &options).map(drop))
+    }
+
+    fn forward(&self, forward: &Forward, id: ServiceId) -> Result<Listener, ListenError> {
+        let fd = listen_patiently(forward.listen, &self.options)?;
+        let route = Route::Service { balance: forward.manner.balance, id };
+        Ok(self.listener(fd, &forward.name, "", route))
+    }
+
+    fn inbound(&self, captured: &Captured, inbound: &Inbound) -> Result<Listener, ListenError> {
+        let options = ListenOptions { mark: Some(OWN_MARK), transparent: true, ..self.options };
+        let fd = listen_patiently(inbound.listen, &options)?;
+        let source = match inbound.source {
+            SourceAddress::Keep => Source::Keep(inbound.source_ports.clone()),
+            SourceAddress::Own => Source::Own,
+        };
+        let route = Route::Socket { origin: Origin::InboundTproxy, source };
+        let listener = self.listener(fd, "inbound", &captured.name, route);
+        Ok(Listener { proxy_protocol: inbound.proxy_protocol, ..listener })
+    }
+
+    /// One for each family, on loopback.
+    fn outbound(
+        &self,
+        captured: &Captured,
+        outbound: &Outbound,
+        records: Option<&Arc<Records>>,
+        worker: &mut Vec<Listener>,
+    ) -> Result<(), ListenError> {
+        let Some(records) = records else { return Ok(()) };
+        for ip in loopbacks() {
+            let options = ListenOptions { mark: Some(OWN_MARK), ..self.options };
+            let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;
+            let route = Route::Recorded(Arc::clone(records));
+            worker.push(self.listener(fd, "outbound", &captured.name, route));
+        }
+        Ok(())
+    }
+
+    fn listener(&self, fd: OwnedFd, name: &str, workload: &str, route: Route) -> Listener {
+        let place: Arc<worker::Place> = Arc::clone(&self.place.for_workers);
+        let proxy_protocol = ProxyProtocol::Off;
+        Listener { fd, name: name.into(), place, proxy_protocol, route, workload: workload.into() }
+    }
+}
+
+/// 127.0.0.1, and ::1 unless IPv6 is switched off.
+fn loopbacks() -> impl Iterator<Item = IpAddr> {
+    let v6 = netns::has_ipv6();
+    [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].into_iter().take(1 + usize::from(v6))
+}
+
+/// A weir that was killed a moment ago may still hold the port: its ring is torn down behind it.
+fn listen_patiently(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, ListenError> {
+    let began = Instant::now();
+    loop {
+        match listen(addr, options) {
+            Err(ListenError::InUse { .. }) if began.elapsed() < PORT_WITHIN => {
+                std::thread::sleep(PORT_RETRY);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// A killed ring gives its ports back within 20 ms, with thousands of connections.
+const PORT_WITHIN: Duration = Duration::from_secs(1);
+const PORT_RETRY: Duration = Duration::from_millis(10);

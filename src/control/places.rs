@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The network namespaces in which weir listens, dials and captures: the one it was started in, and
+//! those of workloads. What is done in another one is done on a thread that has gone there.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{RunError, capturing};
+use crate::capture::{OwnPorts, Plan};
+use crate::config::{Captured, Config, Namespace};
+use crate::sys::netns::Netns;
+use crate::worker;
+
+/// A network namespace and what is captured there.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) captured: Vec<Captured>,
+    /// As workers see it.
+    pub(super) for_workers: Arc<worker::Place>,
+    namespace: Namespace,
+}
+
+impl Place {
+    /// Every place of a config; first the one that weir was started in, whatever it does there.
+    pub(super) fn all(config: &Config) -> Result<Vec<Place>, RunError> {
+        let (here, elsewhere): (Vec<_>, Vec<_>) = config
+            .workloads
+            .iter()
+            .cloned()
+            .partition(|captured| captured.namespace == Namespace::Own);
+        // Only who moves away needs to know the way home.
+        let netns = if elsewhere.is_empty() { None } else { Netns::own().ok() };
+        let own_ports = OwnPorts::new(capturing::own_ports(config, &here));
+        let home = worker::Place { netns, number: 0, own_ports };
+        let mut places =
+            vec![Place { captured: here, for_workers: Arc::new(home), namespace: Namespace::Own }];
+        for (number, captured) in (1..).zip(elsewhere) {
+            places.push(Place::elsewhere(number, captured)?);
+        }
+        Ok(places)
+    }
+
+    fn elsewhere(number: u32, captured: Captured) -> Result<Place, RunError> {
+        let namespace = captured.namespace.clone();
+        let failed = |source| RunError::Namespace {
+            name: captured.name.clone(),
+            path: namespace.path(),
+            source,
+        };
+        let netns = Netns::open(&namespace.path()).map_err(failed)?;
+        netns.within(|| ()).map_err(failed)?;
+        let own_ports = OwnPorts::new(capturing::listen_ports(std::slice::from_ref(&captured)));
+        let for_workers = Arc::new(worker::Place { netns: Some(netns), number, own_ports });
+        Ok(Place { captured: vec![captured], for_workers, namespace })
+    }
+
+    /// What is captured here; `None` if nothing is.
+    pub(super) fn plan(&self, config: &Config) -> Option<Plan> {
+        capturing::plan(&self.captured, config)
+    }
+
+    /// Does `work` in the place.
+    pub(super) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, RunError> {
+        match &self.for_workers.netns {
+            Some(netns) if !self.is_home() => netns.within(work).map_err(|source| {
+                RunError::Namespace { name: self.name(), path: self.path(), source }
+            }),
+            _ => Ok(work()),
+        }
+    }
+
+    /// The workload that had it is no more: its file is gone, or leads to another one.
+    pub(super) fn is_gone(&self) -> bool {
+        let netns = self.for_workers.netns.as_ref().filter(|_| !self.is_home());
+        netns.is_some_and(|netns| !netns.is_at(&self.path()))
+    }
+
+    /// Of the workload that lives here; empty at home.
+    pub(super) fn name(&self) -> String {
+        let named = self.captured.first().filter(|_| !self.is_home());
+        named.map(|captured| captured.name.clone()).unwrap_or_default()
+    }
+
+    /// What a shell says before a command that is meant for another place.
+    pub(super) fn prefix(&self) -> Option<String> {
+        (!self.is_home()).then(|| format!("nsenter --net={} ", self.path().display()))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.namespace.path()
+    }
+
+    fn is_home(&self) -> bool {
+        self.namespace == Namespace::Own
+    }
+}
