@@ -332,6 +332,11 @@ pub const OWN_MARK: u32 = 0x539;
 pub const STEER_MARK: u32 = 0x53a;
 /// Marks an application's packets that are led to us over loopback, under `MARK_MASK`.
 pub const OUTBOUND_MARK: u32 = 0x53b;
+/// What the marks of all our sockets have in common, under `SOCKET_MARK_MASK`.
+pub const SOCKET_MARK: u32 = OWN_MARK & SOCKET_MARK_MASK;
+/// See `SOCKET_MARK`.
+pub const SOCKET_MARK_MASK: u32 = MARK_MASK & !0x3;
+const _: () = assert!(STEER_MARK & SOCKET_MARK_MASK == SOCKET_MARK);
 /// The bits that are ours; others may use the rest.
 pub const MARK_MASK: u32 = 0xfff;
 /// The route table in which everything is local.

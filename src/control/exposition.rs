@@ -274,8 +274,7 @@ mod tests {
     #[test]
     fn each_fallback_is_counted_with_its_labels() {
         let fallback = Fallback { from: "receive_limit", since: "6.17", to: "receive_cancel" };
-        let (losses, rules_lost) = (Vec::new(), vec![(Part::Table, 2)]);
-        let extra = Extra { fallbacks: vec![fallback; 2], losses, rules_lost };
+        let extra = Extra { fallbacks: vec![fallback; 2], ..Extra::default() };
         let text = render(&[], extra);
         let line =
             "weir_fallback_total{from=\"receive_limit\",to=\"receive_cancel\",reason=\"kernel\"} 2";

@@ -232,7 +232,8 @@ fn two_cgroups_have_filters_of_their_own() {
     );
     echo(net.listen(Place::Server, "10.98.2.2:7001"));
     let weir = Weir::run(&net, &config);
-    let talk = ["sh", "-c", "echo hello | nc -N 10.98.2.2 7001"];
+    let talk = "exec 3<>/dev/tcp/10.98.2.2/7001; echo hello >&3; head -n 1 <&3";
+    let talk = ["bash", "-c", talk];
     for (cgroup, flows) in [(&two, 0), (&one, 1)] {
         let output = cgroup.output(&net, &talk);
         assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\n", "{}", said(&output));
