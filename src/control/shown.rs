@@ -75,7 +75,8 @@ fn workload(captured: &Captured) -> Value {
         (Namespace::Path(path), _) => shown["netns"] = path.display().to_string().into(),
         (Namespace::Process(pid), _) => shown["pid"] = (*pid).into(),
         (Namespace::Own, Some(Workload::Cgroups(paths))) => {
-            shown["cgroup"] = paths.iter().map(|path| path.display().to_string()).collect();
+            let one = paths.first().map(|path| path.display().to_string());
+            shown["cgroup"] = one.into();
         }
         (Namespace::Own, _) => {}
     }
