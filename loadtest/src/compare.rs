@@ -78,7 +78,7 @@ fn here(arguments: &Compare) -> Result<Exit> {
         weir: weir(arguments, &selection)?,
     };
     let began = Instant::now();
-    let started = start_all(&mut lab, &common, &selection, &mut warnings)?;
+    let mut started = start_all(&mut lab, &common, &selection, &mut warnings)?;
     let seconds = seconds_each(arguments, started.len(), &selection, began);
     let mut comparison = Comparison {
         command: std::env::args().collect(),
@@ -91,13 +91,15 @@ fn here(arguments: &Compare) -> Result<Exit> {
         ..Comparison::default()
     };
     let plan = Plan {
+        common,
         generator_cpu,
         out: arguments.out.clone(),
         rounds: arguments.rounds,
         seconds,
         with_syscalls: arguments.syscalls,
     };
-    let measured = matrix::measure(&plan, &started, &selection.workloads, &mut comparison);
+    let measured =
+        matrix::measure(&plan, &mut lab, &mut started, &selection.workloads, &mut comparison);
     comparison.is_partial = signals::is_interrupted() || measured.is_err();
     comparison.took_seconds = began.elapsed().as_secs_f64();
     comparison.write(&arguments.out)?;
@@ -160,7 +162,7 @@ fn start_all(
     let mut list = Vec::new();
     for target in &selection.targets {
         match programs::start(lab, common, target) {
-            Ok(started) => list.push(Started { about: named(started.about, target), ..started }),
+            Ok(started) => list.push(started),
             Err(error) if target.is_named || signals::is_interrupted() => {
                 bail!("{}: {error:#}", target.name)
             }
@@ -174,10 +176,6 @@ fn start_all(
     }
     ensure!(!list.is_empty(), "nothing is left to compare");
     Ok(list)
-}
-
-fn named(about: result::TargetAbout, target: &Target) -> result::TargetAbout {
-    result::TargetAbout { name: target.name.clone(), ..about }
 }
 
 /// So long that all fits the time, if nothing is said.

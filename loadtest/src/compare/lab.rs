@@ -12,6 +12,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::place;
 use crate::signals::is_interrupted;
@@ -25,6 +27,14 @@ pub(super) struct Lab {
     name: String,
     processes: Vec<(String, Child)>,
     sites: usize,
+}
+
+/// A program of a site, as it was started.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    pub(super) cpu: usize,
+    pub(super) name: String,
+    pub(super) words: Vec<String>,
 }
 
 /// Where one target is.
@@ -85,14 +95,9 @@ impl Lab {
         Ok(Site { cgroup, far: path(&far), node: path(&node), number })
     }
 
-    /// Starts a program in the node of `site`, on `cpu`, that runs until it is ended.
-    pub(super) fn start(
-        &mut self,
-        site: &Site,
-        cpu: usize,
-        name: &str,
-        words: &[String],
-    ) -> Result<u32> {
+    /// Starts a program in the node of `site`, on its CPU, that runs until it is ended.
+    pub(super) fn start(&mut self, site: &Site, program: &Program) -> Result<u32> {
+        let Program { cpu, name, words } = program;
         let log = self.directory.join(format!("{}.log", site.number));
         let log = File::create(&log).with_context(|| format!("make {}", log.display()))?;
         let mut command = match &site.node {
@@ -109,7 +114,7 @@ impl Lab {
         command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("start {name}"))?;
         let pid = child.id();
-        self.processes.push((name.to_owned(), child));
+        self.processes.push((name.clone(), child));
         Ok(pid)
     }
 
@@ -148,9 +153,7 @@ impl Lab {
     /// Ends a program that is not wanted any more.
     pub(super) fn end(&mut self, name: &str) {
         for (_, child) in self.processes.iter_mut().filter(|(other, _)| other == name) {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
+            kill(child);
         }
         self.processes.retain(|(other, _)| other != name);
     }
@@ -159,9 +162,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         for (_, child) in &mut self.processes {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
+            kill(child);
         }
         if !self.is_loopback {
             remove(&self.name, self.cgroups.as_deref());
@@ -186,12 +187,35 @@ impl Site {
         })
     }
 
+    /// Listeners at `port`, whoever's they are.
+    pub(super) fn listeners(&self, port: u16) -> Result<usize> {
+        let read = || {
+            ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/thread-self/net/{name}")))
+        };
+        let texts = self.within(read)?.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let end = format!(":{port:04X}");
+        let is_one = |line: &&str| {
+            let mut words = line.split_whitespace();
+            words.nth(1).is_some_and(|local| local.ends_with(&end)) && words.nth(1) == Some(LISTEN)
+        };
+        Ok(texts.iter().flat_map(|text| text.lines()).filter(is_one).count())
+    }
+
     /// TCP sockets in use, which go when a load is over.
     pub(super) fn sockets(&self) -> Result<u64> {
         let text = self.within(|| fs::read_to_string("/proc/thread-self/net/sockstat"))??;
         let line = text.lines().find(|line| line.starts_with("TCP:")).unwrap_or_default();
         Ok(line.split(' ').nth(2).and_then(|count| count.parse().ok()).unwrap_or(0))
     }
+}
+
+/// Ends a program and all that it has started, as nginx starts workers: each has a group of its own.
+fn kill(child: &mut Child) {
+    if let Ok(group) = i32::try_from(child.id()) {
+        // It may have ended by itself.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    let _ = child.wait();
 }
 
 /// A port of the host's loopback that is free now.
@@ -281,6 +305,8 @@ pub(super) fn cgroup_mount() -> Option<PathBuf> {
 /// The address of a node, and of its far end: each pair of namespaces is a world of its own.
 pub(super) const NODE: &str = "10.97.0.1";
 pub(super) const FAR: &str = "10.97.0.2";
+/// The state of a listener (proc_net_tcp.rst).
+const LISTEN: &str = "0A";
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const NETNS: &str = "/run/netns";
 const PATIENCE: Duration = Duration::from_secs(10);

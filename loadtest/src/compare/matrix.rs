@@ -11,7 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::programs::Started;
+use super::lab::Lab;
+use super::programs::{self, Common, Started};
 use super::result::{Cell, Comparison, Round};
 use super::select::Workload;
 use crate::run::Kind;
@@ -20,6 +21,7 @@ use crate::signals::is_interrupted;
 
 /// How to measure.
 pub(super) struct Plan {
+    pub(super) common: Common,
     pub(super) generator_cpu: usize,
     pub(super) out: PathBuf,
     pub(super) rounds: u32,
@@ -31,7 +33,8 @@ pub(super) struct Plan {
 /// round and at the end.
 pub(super) fn measure(
     plan: &Plan,
-    targets: &[Started],
+    lab: &mut Lab,
+    targets: &mut [Started],
     workloads: &[Workload],
     comparison: &mut Comparison,
 ) -> Result<()> {
@@ -40,14 +43,15 @@ pub(super) fn measure(
     let idle: Vec<u64> = targets.iter().map(|target| target.site.sockets().unwrap_or(0)).collect();
     for round in 1..=plan.rounds {
         for workload in workloads {
-            for (target, idle) in targets.iter().zip(&idle) {
+            for (target, idle) in targets.iter_mut().zip(&idle) {
                 bar.set_message(format!("round {round}: {}, {workload}", target.about.name));
                 if is_interrupted() {
                     bar.abandon();
                     comparison.write(&plan.out)?;
                     return Ok(());
                 }
-                let measured = one(plan, target, workload)
+                let measured = afresh(plan, lab, target, workload)
+                    .and_then(|()| one(plan, target, workload))
                     .with_context(|| format!("{} under {workload}", target.about.name));
                 match measured {
                     Ok(outcome) => keep(comparison, target, workload, outcome),
@@ -69,6 +73,14 @@ pub(super) fn measure(
         comparison.write(&plan.out)?;
     }
     bar.finish_and_clear();
+    Ok(())
+}
+
+/// What an idle flow costs shows only in a forwarder that has no memory of earlier ones.
+fn afresh(plan: &Plan, lab: &mut Lab, target: &mut Started, workload: &Workload) -> Result<()> {
+    if workload.kind == Kind::Idle {
+        *target = programs::run(lab, &plan.common, target.clone())?;
+    }
     Ok(())
 }
 

@@ -5,21 +5,23 @@ use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::lab::{FAR, Lab, Site, free_port};
+use super::lab::{FAR, Lab, Program, Site, free_port};
 use super::result::TargetAbout;
 use super::select::{Peer, Target, Way};
 
 /// A target that is ready.
+#[derive(Clone)]
 pub(super) struct Started {
     pub(super) about: TargetAbout,
     /// The cgroup of the client, if its connects are captured.
     pub(super) cgroup: Option<PathBuf>,
     pub(super) client_in: Option<PathBuf>,
     pub(super) pid: Option<u32>,
+    program: Option<Program>,
     pub(super) server: SocketAddr,
     pub(super) server_in: Option<PathBuf>,
     pub(super) site: Site,
@@ -114,10 +116,13 @@ fn forward(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Resu
     ] {
         words.extend([key.to_owned(), value]);
     }
-    let pid = lab.start(site, common.forwarder_cpu, &target.name, &words)?;
-    await_weir(lab, common, target, site, &socket)?;
     let about = weir_about(common, target, words.join(" "));
-    Ok(Started { pid: Some(pid), socket: Some(socket), ..started(site, about, listen, server) })
+    let program = Some(program(common, target, words));
+    run(
+        lab,
+        common,
+        Started { program, socket: Some(socket), ..started(site, about, listen, server) },
+    )
 }
 
 fn inbound(
@@ -131,9 +136,8 @@ fn inbound(
     let text = format!(
         "inbound: {{ capture: {capture}, listen: \"[::]:15006\", ports: {{ include: [{SERVER_PORT}] }} }}\n"
     );
-    let (pid, socket, config) = run(lab, common, target, site, &text)?;
-    let about = weir_about(common, target, config);
-    Ok(Started { pid: Some(pid), socket: Some(socket), ..started(site, about, server, server) })
+    let by_config = by_config(lab, common, target, site, &text)?;
+    run(lab, common, Started { to: server, server, ..by_config })
 }
 
 /// The other way round: the client is the node's workload, the server far away.
@@ -151,26 +155,26 @@ fn outbound(
         "outbound: {{ capture: {capture}, listen: \"127.0.0.1:15001\", workload: {{ cgroup: /{relative} }}, \
          include: {{ cidrs: [\"{FAR}/32\"], ports: [{SERVER_PORT}] }} }}\n"
     );
-    let (pid, socket, config) = run(lab, common, target, site, &text)?;
-    let about = weir_about(common, target, config);
-    Ok(Started {
+    let by_config = by_config(lab, common, target, site, &text)?;
+    let started = Started {
         cgroup: Some(cgroup),
         client_in: site.node.clone(),
-        pid: Some(pid),
+        server,
         server_in: site.far.clone(),
-        socket: Some(socket),
-        ..started(site, about, server, server)
-    })
+        to: server,
+        ..by_config
+    };
+    run(lab, common, started)
 }
 
-/// `weir run` with a config, and a profile for its relay.
-fn run(
-    lab: &mut Lab,
+/// `weir run` with a config, and a profile for its relay; not started yet.
+fn by_config(
+    lab: &Lab,
     common: &Common,
     target: &Target,
     site: &Site,
     capture: &str,
-) -> Result<(u32, PathBuf, String)> {
+) -> Result<Started> {
     let file = |end: &str| lab.directory.join(format!("{}.{end}", site.number));
     let (config, profile, socket) = (file("config.yaml"), file("profile.yaml"), file("sock"));
     let shape = format!("include: {}\nrelay: {{ mode: {} }}\n", common.profile, target.relay);
@@ -181,11 +185,12 @@ fn run(
     );
     fs::write(&profile, &shape)?;
     fs::write(&config, &text)?;
-    let words = ["run", "-c"].map(str::to_owned);
-    let words = [&[common.weir.display().to_string()], &words[..], &[config.display().to_string()]];
-    let pid = lab.start(site, common.forwarder_cpu, &target.name, &words.concat())?;
-    await_weir(lab, common, target, site, &socket)?;
-    Ok((pid, socket, format!("{text}---\n{shape}")))
+    let words = [&common.weir, Path::new("run"), Path::new("-c"), &config];
+    let words = words.map(|word| word.display().to_string()).to_vec();
+    let nowhere = address("127.0.0.1", SERVER_PORT);
+    let about = weir_about(common, target, format!("{text}---\n{shape}"));
+    let program = Some(program(common, target, words));
+    Ok(Started { program, socket: Some(socket), ..started(site, about, nowhere, nowhere) })
 }
 
 fn by_peer(
@@ -201,11 +206,11 @@ fn by_peer(
     let (listen, server) = ends(site)?;
     let file = lab.directory.join(format!("{}.conf", site.number));
     let path = file.display().to_string();
-    let program = |name: &str| find(name).unwrap_or_default().display().to_string();
+    let found = |name: &str| find(name).unwrap_or_default().display().to_string();
     let (words, text) = match peer {
         Peer::Envoy => {
             let words = [
-                &program("envoy"),
+                &found("envoy"),
                 "--concurrency",
                 "1",
                 "--disable-hot-restart",
@@ -217,12 +222,12 @@ fn by_peer(
             (words.map(str::to_owned).to_vec(), envoy(listen, server))
         }
         Peer::Haproxy | Peer::HaproxySplice => {
-            let words = [&program("haproxy"), "-db", "-f", &path];
+            let words = [&found("haproxy"), "-db", "-f", &path];
             let is_splicing = peer == Peer::HaproxySplice;
             (words.map(str::to_owned).to_vec(), haproxy(listen, server, is_splicing))
         }
         Peer::Nginx => {
-            let words = [&program("nginx"), "-c", &path];
+            let words = [&found("nginx"), "-c", &path];
             (words.map(str::to_owned).to_vec(), nginx(&lab.directory, site, listen, server))
         }
         Peer::Tokio | Peer::TokioUring => {
@@ -234,32 +239,51 @@ fn by_peer(
         }
     };
     fs::write(&file, &text)?;
-    let pid = lab.start(site, common.forwarder_cpu, &target.name, &words)?;
-    lab.await_ready(site, &target.name, || {
-        let connect = || TcpStream::connect_timeout(&listen, Duration::from_secs(1)).is_ok();
-        site.within(connect).unwrap_or(false)
-    })?;
     let about = TargetAbout {
         config: format!("{}\n{text}", words.join(" ")),
         name: target.name.clone(),
         version: version(&words[0], if peer == Peer::Envoy { "--version" } else { "-v" }),
     };
-    Ok(Started { pid: Some(pid), ..started(site, about, listen, server) })
+    let program = Some(program(common, target, words));
+    run(lab, common, Started { program, ..started(site, about, listen, server) })
 }
 
-fn await_weir(
-    lab: &mut Lab,
-    common: &Common,
-    target: &Target,
-    site: &Site,
-    socket: &Path,
-) -> Result<()> {
-    lab.await_ready(site, &target.name, || {
-        let mut status = Command::new(&common.weir);
-        status.args(["status", "--wait", "1", "--socket"]).arg(socket);
-        status.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        status.status().is_ok_and(|status| status.success())
-    })
+fn program(common: &Common, target: &Target, words: Vec<String>) -> Program {
+    Program { cpu: common.forwarder_cpu, name: target.name.clone(), words }
+}
+
+/// Starts the program, or starts it anew, and waits until it is ready.
+pub(super) fn run(lab: &mut Lab, common: &Common, mut started: Started) -> Result<Started> {
+    let Some(program) = &started.program else { return Ok(started) };
+    lab.end(&program.name);
+    // A ring that was killed gives its listener back later; if ports are shared, that would still
+    // get its part of the connections.
+    let until = Instant::now() + PORT_FREE_MAX;
+    let site = &started.site;
+    let is_held = |port| site.listeners(port).is_ok_and(|count| count > 0);
+    while Instant::now() < until
+        && (is_held(started.to.port())
+            || site.node.is_some() && CAPTURE_PORTS.into_iter().any(is_held))
+    {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    started.pid = Some(lab.start(&started.site, program)?);
+    let (site, to) = (&started.site, started.to);
+    match &started.socket {
+        Some(socket) => lab.await_ready(site, &program.name, || is_weir_ready(common, socket))?,
+        None => lab.await_ready(site, &program.name, || {
+            let connect = || TcpStream::connect_timeout(&to, Duration::from_secs(1)).is_ok();
+            site.within(connect).unwrap_or(false)
+        })?,
+    }
+    Ok(started)
+}
+
+fn is_weir_ready(common: &Common, socket: &Path) -> bool {
+    let mut status = Command::new(&common.weir);
+    status.args(["status", "--wait", "1", "--socket"]).arg(socket);
+    status.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    status.status().is_ok_and(|status| status.success())
 }
 
 fn weir_about(common: &Common, target: &Target, config: String) -> TargetAbout {
@@ -274,6 +298,7 @@ fn started(site: &Site, about: TargetAbout, to: SocketAddr, server: SocketAddr) 
         cgroup: None,
         client_in: site.far.clone(),
         pid: None,
+        program: None,
         server,
         server_in: site.node.clone(),
         site: site.clone(),
@@ -360,7 +385,10 @@ fn envoy(listen: SocketAddr, to: SocketAddr) -> String {
     config.to_string()
 }
 
+/// Where weir listens for what it captures.
+const CAPTURE_PORTS: [u16; 2] = [15001, 15006];
 const FORWARDER_PORT: u16 = 8000;
 /// Where Debian's package puts it.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+const PORT_FREE_MAX: Duration = Duration::from_secs(5);
 const SERVER_PORT: u16 = 7000;

@@ -67,24 +67,27 @@ pub(crate) fn select(
     peers: &[String],
     workloads: &[String],
 ) -> Result<Selection> {
+    let is_asked = !modes.is_empty();
     let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
     let relays = listed("relay", relays, &RELAYS, &["auto"])?;
+    let is_peer_asked = !peers.is_empty();
     let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
     let mut targets = Vec::new();
-    for (name, way, is_named) in modes {
+    for (name, way, is_single) in modes {
+        let is_named = is_asked && is_single;
         if way == Way::Direct {
             targets.push(Target { is_named, name: name.to_owned(), relay: String::new(), way });
             continue;
         }
-        targets.extend(relays.iter().map(|(relay, (), is_relay_named)| Target {
-            is_named: is_named || *is_relay_named,
+        targets.extend(relays.iter().map(|(relay, (), is_single)| Target {
+            is_named: is_named && *is_single,
             name: format!("{name}/{relay}"),
             relay: (*relay).to_owned(),
             way,
         }));
     }
-    targets.extend(peers.into_iter().map(|(name, peer, is_named)| Target {
-        is_named,
+    targets.extend(peers.into_iter().map(|(name, peer, is_single)| Target {
+        is_named: is_peer_asked && is_single,
         name: name.to_owned(),
         relay: String::new(),
         way: Way::Peer(peer),
@@ -97,22 +100,21 @@ pub(crate) fn select(
     Ok(Selection { targets, workloads })
 }
 
-/// The known ones of that name, and whether they were named; `all` is all of them, `none` none.
+/// The known ones of that name; `all` is all of them, and those are not single ones, `none` none.
 fn listed<T: Copy>(
     what: &str,
     words: &[String],
     known: &[(&'static str, T)],
     default: &[&str],
 ) -> Result<Vec<(&'static str, T, bool)>> {
-    let is_default = words.is_empty();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let words = if is_default { default.to_vec() } else { words };
+    let words = if words.is_empty() { default.to_vec() } else { words };
     let mut list: Vec<(&str, T, bool)> = Vec::new();
     for word in words {
         match (word, known.iter().find(|(name, _)| *name == word)) {
             ("all", _) => list.extend(known.iter().map(|(name, it)| (*name, *it, false))),
             ("none", _) => {}
-            (_, Some((name, it))) => list.push((*name, *it, !is_default)),
+            (_, Some((name, it))) => list.push((*name, *it, true)),
             (_, None) => {
                 let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
                 let hint = nearest(word, &names);
@@ -246,6 +248,19 @@ mod tests {
         let names: Vec<String> =
             selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect();
         assert_eq!(names, ["direct", "forward/copy", "forward/splice", "nginx"]);
+    }
+
+    #[test]
+    fn only_who_was_named_may_not_be_left_out() {
+        let named = |modes: &str, relays: &str, peers: &str| -> Vec<bool> {
+            let selection = select(&words(modes), &words(relays), &words(peers), &[]);
+            let targets = selection.map(|all| all.targets).unwrap_or_default();
+            targets.iter().map(|target| target.is_named).collect()
+        };
+        assert_eq!(named("forward", "copy", "nginx"), [true, true]);
+        assert_eq!(named("forward", "", "none"), [true]);
+        assert_eq!(named("forward", "all", "none"), [false; 4]);
+        assert!(named("", "", "").iter().all(|is_named| !is_named));
     }
 
     #[test]
