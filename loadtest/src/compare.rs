@@ -12,7 +12,7 @@ use crate::{Exit, place, print, signals};
 
 use lab::Lab;
 use machine::Machine;
-use matrix::{Plan, WARMUP_SECONDS};
+use matrix::{Plan, REPEATS_PART, WARMUP_SECONDS};
 use programs::{Common, Started};
 use result::Comparison;
 use select::{Selection, Target, Way};
@@ -185,6 +185,7 @@ fn seconds_each(arguments: &Compare, targets: usize, selection: &Selection, bega
         return seconds;
     }
     let cells = (targets * selection.workloads.len()) as f64 * f64::from(arguments.rounds);
+    let cells = cells * (1.0 + 1.0 / REPEATS_PART as f64);
     let left = arguments.budget - began.elapsed().as_secs_f64();
     (left / cells - WARMUP_SECONDS - OVERHEAD_SECONDS).clamp(SECONDS_MIN, SECONDS_MAX)
 }

@@ -39,6 +39,7 @@ pub(super) fn measure(
     comparison: &mut Comparison,
 ) -> Result<()> {
     let total = plan.rounds as usize * targets.len() * workloads.len();
+    let mut repeats_left = total / REPEATS_PART;
     let bar = progress(total as u64);
     let idle: Vec<u64> = targets.iter().map(|target| target.site.sockets().unwrap_or(0)).collect();
     for round in 1..=plan.rounds {
@@ -50,11 +51,10 @@ pub(super) fn measure(
                     comparison.write(&plan.out)?;
                     return Ok(());
                 }
-                let measured = afresh(plan, lab, target, workload)
-                    .and_then(|()| one(plan, target, workload))
+                let measured = undisturbed(plan, lab, target, workload, *idle, &mut repeats_left)
                     .with_context(|| format!("{} under {workload}", target.about.name));
                 match measured {
-                    Ok(outcome) => keep(comparison, target, workload, outcome),
+                    Ok(outcome) => keep(comparison, target, workload, round, outcome),
                     // Cut short: no figure.
                     Err(_) if is_interrupted() => {}
                     Err(error) => {
@@ -74,6 +74,31 @@ pub(super) fn measure(
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+/// One measurement; it is repeated, whatever came of it, when somebody else had much of a CPU.
+fn undisturbed(
+    plan: &Plan,
+    lab: &mut Lab,
+    target: &mut Started,
+    workload: &Workload,
+    idle: u64,
+    repeats_left: &mut usize,
+) -> Result<Outcome> {
+    loop {
+        afresh(plan, lab, target, workload)?;
+        let outcome = one(plan, target, workload)?;
+        if others(&outcome) <= DISTURBED_CPUS || *repeats_left == 0 || is_interrupted() {
+            return Ok(outcome);
+        }
+        *repeats_left -= 1;
+        settle(target, idle);
+    }
+}
+
+/// CPUs that others had meanwhile.
+fn others(outcome: &Outcome) -> f64 {
+    outcome.watched.as_ref().map_or(0.0, |watched| watched.others_seconds / outcome.seconds)
 }
 
 /// What an idle flow costs shows only in a forwarder that has no memory of earlier ones.
@@ -202,11 +227,17 @@ fn settle(target: &Started, idle: u64) {
 }
 
 /// Adds a round to its cell.
-fn keep(comparison: &mut Comparison, target: &Started, workload: &Workload, mut outcome: Outcome) {
+fn keep(
+    comparison: &mut Comparison,
+    target: &Started,
+    workload: &Workload,
+    number: u32,
+    mut outcome: Outcome,
+) {
     let histogram = std::mem::take(&mut outcome.latency_histogram_us);
     let figures = figures(target, workload, &outcome);
-    let others = figures.get("others_cpu").copied().unwrap_or(0.0);
-    let round = Round { figures, outcome, was_disturbed: others > DISTURBED_CPUS };
+    let was_disturbed = others(&outcome) > DISTURBED_CPUS;
+    let round = Round { figures, number, outcome, was_disturbed };
     let name = &target.about.name;
     let place = comparison
         .cells
@@ -248,7 +279,7 @@ fn figures(target: &Started, workload: &Workload, outcome: &Outcome) -> BTreeMap
     is("errors", outcome.errors as f64);
     is("conntrack_entries", watched.conntrack_entries as f64);
     is("retransmits", watched.retransmits as f64);
-    is("others_cpu", watched.others_seconds / seconds);
+    is("others_cpu", others(outcome));
     let units = match workload.unit() {
         "GB" => {
             is("bytes_per_second", outcome.bytes_per_second);
@@ -300,6 +331,8 @@ const DISTURBED_CPUS: f64 = 0.1;
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// To open thousands of connections, and to be slow.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// One in so many measurements may be repeated.
+pub(super) const REPEATS_PART: usize = 6;
 const SETTLE_MAX: Duration = Duration::from_secs(3);
 const SYSCALLS: &str = "syscalls_per_second";
 pub(super) const WARMUP_SECONDS: f64 = 0.15;

@@ -56,6 +56,8 @@ pub(crate) struct Cell {
 pub(crate) struct Round {
     /// Every figure by its name.
     pub(crate) figures: BTreeMap<String, f64>,
+    /// Which round it was: pairs are of the same one.
+    pub(crate) number: u32,
     pub(crate) outcome: Outcome,
     /// Somebody else had much of a CPU meanwhile.
     pub(crate) was_disturbed: bool,
@@ -117,8 +119,8 @@ impl Comparison {
         if base.target == cell.target {
             return None;
         }
-        let (of, to) = (cell.values(figure), base.values(figure));
-        (!of.is_empty() && !to.is_empty()).then(|| ratio_of_pairs(&of, &to))
+        let (of, to): (Vec<f64>, Vec<f64>) = cell.pairs(base, figure).into_iter().unzip();
+        (!of.is_empty()).then(|| ratio_of_pairs(&of, &to))
     }
 }
 
@@ -126,6 +128,14 @@ impl Cell {
     /// A figure of every round that has it.
     pub(crate) fn values(&self, figure: &str) -> Vec<f64> {
         self.rounds.iter().filter_map(|round| round.figures.get(figure).copied()).collect()
+    }
+
+    /// A figure of every round that has it in both cells.
+    pub(crate) fn pairs(&self, other: &Cell, figure: &str) -> Vec<(f64, f64)> {
+        let of = |round: &Round| round.figures.get(figure).copied();
+        let twin = |round: &Round| other.rounds.iter().find(|twin| twin.number == round.number);
+        let rounds = self.rounds.iter();
+        rounds.filter_map(|round| Some((of(round)?, of(twin(round)?)?))).collect()
     }
 
     pub(crate) fn median(&self, figure: &str) -> Option<f64> {

@@ -238,7 +238,8 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
 /// Two comparisons, of an older and a newer state, and what that means.
 pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<String>) {
     let mut text = String::new();
-    let (mut better, mut worse, mut equal, mut unknown) = (Vec::new(), Vec::new(), 0, 0);
+    let (mut better, mut worse) = (Vec::new(), Vec::new());
+    let (mut equal, mut moved, mut unknown) = (0, 0, 0);
     let baseline =
         Some(new.baseline()).filter(|name| old.targets.iter().any(|it| it.name == *name));
     let mut table = Table {
@@ -259,6 +260,10 @@ pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<Str
             let ratio = super::statistics::ratio_of_samples(&of, &to);
             let what = format!("{} of {} under {}", figure.heading, is.target, is.workload);
             match (ratio.verdict(), figure.is_better_high) {
+                // What everything is held against shows the machine itself.
+                (Verdict::Higher | Verdict::Lower, _) if baseline.as_ref() == Some(&is.target) => {
+                    moved += 1;
+                }
                 (Verdict::Higher, true) | (Verdict::Lower, false) => better.push(what),
                 (Verdict::Lower, true) | (Verdict::Higher, false) => worse.push(what),
                 (Verdict::NoDifference, _) => equal += 1,
@@ -278,7 +283,11 @@ pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<Str
         baseline.map_or_else(String::new, |name| format!(" (held against {name} of its own run)"));
     let few =
         if unknown > 0 { format!(", too few rounds to tell in {unknown}") } else { String::new() };
-    let held = few + &held;
+    let machine = match moved {
+        0 => String::new(),
+        _ => format!("; the machine itself moved in {moved}"),
+    };
+    let held = few + &held + &machine;
     let verdict = match (better.len(), worse.len()) {
         (0, 0) => format!("verdict: no difference in {equal} figures{held}"),
         (_, 0) => format!(
@@ -301,11 +310,11 @@ pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<Str
 fn against(comparison: &Comparison, cell: &Cell, baseline: Option<&str>, name: &str) -> Vec<f64> {
     let values = cell.values(name);
     let base = baseline.and_then(|name| comparison.cell(name, &cell.workload));
-    let base = base.map(|base| base.values(name)).unwrap_or_default();
-    if base.is_empty() {
+    let pairs = base.map(|base| cell.pairs(base, name)).unwrap_or_default();
+    if pairs.is_empty() {
         return values;
     }
-    values.iter().zip(&base).map(|(value, base)| value / base).collect()
+    pairs.into_iter().map(|(value, base)| value / base).collect()
 }
 
 /// What decides between an older and a newer state.
@@ -326,10 +335,11 @@ mod tests {
 
     fn comparison(rates: &[(&str, [f64; 5])]) -> Comparison {
         let cell = |(target, rates): &(&str, [f64; 5])| Cell {
-            rounds: rates
-                .iter()
-                .map(|rate| Round {
+            rounds: (1..)
+                .zip(rates)
+                .map(|(number, rate)| Round {
                     figures: BTreeMap::from([("per_second".to_owned(), *rate)]),
+                    number,
                     ..Round::default()
                 })
                 .collect(),
@@ -377,7 +387,8 @@ mod tests {
         assert!(same.0.contains("verdict: no difference in 2 figures"), "{}", same.0);
         // The whole machine is slower: that is no difference of `a`.
         let slower = comparison(&[("direct", SLOW), ("a", SLOW)]);
-        assert!(difference(&old, &slower).1.iter().all(|worse| worse.contains("direct")));
+        let (text, list) = difference(&old, &slower);
+        assert!(list.is_empty() && text.contains("the machine itself moved in 1"), "{text}");
         let worse = comparison(&[("direct", FAST), ("a", SLOW)]);
         let (text, list) = difference(&old, &worse);
         assert_eq!(list, ["rate /s of a under pingpong-64"]);
