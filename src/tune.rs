@@ -14,6 +14,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::profile::{Profile, Wanted, fields};
 
+pub use recommend::{RecommendError, Recommendation, Verdict, recommend};
+
+mod recommend;
+
 /// A host's sysctls, and where it is noted what was changed.
 #[derive(Clone, Debug)]
 pub struct Tuning {

@@ -2,7 +2,7 @@
 //! `weir tune`: the profiles, and the sysctls that they want of this host.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use serde::Serialize;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{Failure, Output, ShowAs, print, profile_of};
 use crate::control::shown;
 use crate::profile::Profile;
-use crate::tune::{Left, Step, TuneError, Tuning};
+use crate::tune::{self, Left, Step, TuneError, Tuning, Verdict};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TuneVerb {
@@ -32,6 +32,14 @@ pub(super) enum TuneVerb {
     Off {
         #[command(flatten)]
         change: Change,
+    },
+    /// Say which profile a measurement speaks for, and why
+    Recommend {
+        /// What `weir-loadtest compare --profiles` wrote
+        result: PathBuf,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
     },
     /// Print a profile, every key filled in
     Show {
@@ -70,6 +78,7 @@ pub(super) fn run(verb: TuneVerb) -> Result<(), Failure> {
         TuneVerb::Apply { profile, change } => apply(&profile_of(&profile)?, change),
         TuneVerb::List { output } => list(output),
         TuneVerb::Off { change } => off(change),
+        TuneVerb::Recommend { result, output } => recommend(&result, output),
         TuneVerb::Show { profile, output } => {
             let shown = shown::profile(&profile_of(&profile)?);
             print(&match output {
@@ -108,6 +117,31 @@ fn verify(profile: &Profile, output: Output) -> Result<(), Failure> {
             profile.name,
         ))),
     }
+}
+
+fn recommend(result: &Path, output: Output) -> Result<(), Failure> {
+    let said = tune::recommend(result).map_err(|error| Failure::Failed(error.to_string()))?;
+    show(output, &said, || {
+        let mut table =
+            format!("{:<22} {:<20} {:<28} AGAINST BALANCED\n", "WORKLOAD", "BY", "BEST");
+        for verdict in &said.verdicts {
+            let gain = |(name, gain): (&String, &f64)| format!("{name} {gain:.2}");
+            let others = verdict.gains.iter().filter(|(name, _)| *name != "balanced");
+            let gains: Vec<String> = others.map(gain).collect();
+            let (best, gains) = (verdict.best.join(" = "), gains.join(", "));
+            let (workload, figure) = (&verdict.workload, &verdict.figure);
+            // Writing to a string cannot fail.
+            let _ = writeln!(table, "{workload:<22} {figure:<20} {best:<28} {gains}");
+        }
+        let is_best = |best: &&Verdict| best.best.contains(&said.profile);
+        let points = said.verdicts.iter().filter(is_best).count();
+        let (profile, all) = (&said.profile, said.verdicts.len());
+        let _ = writeln!(
+            table,
+            "\n{profile}: the best, or not to be told from the best, under {points} of {all} workloads"
+        );
+        table
+    })
 }
 
 fn apply(profile: &Profile, change: Change) -> Result<(), Failure> {

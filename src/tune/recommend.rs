@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which profile a measurement speaks for, and why: reads what `weir-loadtest compare --profiles`
+//! wrote.
+//!
+//! A difference counts only if every round agrees on it and it is large enough to matter. The
+//! profile that is best, or not to be told from the best, under most workloads is recommended;
+//! among equals the default.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::profile::Profile;
+
+/// What a measurement says.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Recommendation {
+    /// The profile to take.
+    pub profile: String,
+    /// One for each workload, as measured.
+    pub verdicts: Vec<Verdict>,
+}
+
+/// How the profiles did under one workload.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Verdict {
+    /// The best, then all that cannot be told from it.
+    pub best: Vec<String>,
+    /// What was compared: `per_second`, `p50_us`, …
+    pub figure: String,
+    /// How many times better each profile is than `balanced`; above 1 is better.
+    pub gains: BTreeMap<String, f64>,
+    /// `pingpong-64`, …
+    pub workload: String,
+}
+
+/// Why a result says nothing about profiles.
+#[derive(Debug, thiserror::Error)]
+pub enum RecommendError {
+    /// It is no result.
+    #[error("{path}: {said} (it must be a result of `weir-loadtest compare`)")]
+    NoResult {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        said: String,
+    },
+    /// It holds one profile, or does not hold the default.
+    #[error(
+        "{path}: compares no profiles with balanced (measure with `weir-loadtest compare --modes \
+         forward --peers none --profiles all`)"
+    )]
+    OneProfile {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// As `weir-loadtest compare` writes it; what is not needed here is passed over.
+#[derive(Deserialize)]
+struct Comparison {
+    cells: Vec<Cell>,
+    targets: Vec<Target>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    #[serde(default)]
+    profile: String,
+}
+
+#[derive(Deserialize)]
+struct Cell {
+    rounds: Vec<Round>,
+    target: String,
+    unit: String,
+    workload: String,
+}
+
+#[derive(Deserialize)]
+struct Round {
+    figures: BTreeMap<String, f64>,
+}
+
+/// Reads a result and judges it.
+///
+/// # Errors
+///
+/// The file is no result, or compares no profiles.
+pub fn recommend(path: &Path) -> Result<Recommendation, RecommendError> {
+    let failed = |said: String| RecommendError::NoResult { path: path.to_owned(), said };
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let comparison = serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;
+    judge(&comparison).ok_or_else(|| RecommendError::OneProfile { path: path.to_owned() })
+}
+
+fn judge(comparison: &Comparison) -> Option<Recommendation> {
+    let profiles: BTreeMap<&str, &str> = comparison
+        .targets
+        .iter()
+        .filter(|target| !target.profile.is_empty())
+        .map(|target| (target.name.as_str(), target.profile.as_str()))
+        .collect();
+    let mut workloads: Vec<&str> = Vec::new();
+    for cell in &comparison.cells {
+        if !workloads.contains(&cell.workload.as_str()) {
+            workloads.push(&cell.workload);
+        }
+    }
+    let verdicts: Vec<Verdict> = workloads
+        .into_iter()
+        .filter_map(|workload| verdict(comparison, &profiles, workload))
+        .collect();
+    let mut names = Profile::names();
+    names.sort_by_key(|name| *name != DEFAULT);
+    let points = |name: &str| {
+        verdicts.iter().filter(|verdict| verdict.best.iter().any(|best| best == name)).count()
+    };
+    // The first of the best: `max_by_key` would take the last.
+    let profile = names.into_iter().rev().max_by_key(|name| points(name))?;
+    (!verdicts.is_empty()).then(|| Recommendation { profile: profile.to_owned(), verdicts })
+}
+
+/// `None` if the workload was not measured with `balanced` and another profile.
+fn verdict(
+    comparison: &Comparison,
+    profiles: &BTreeMap<&str, &str>,
+    workload: &str,
+) -> Option<Verdict> {
+    let cells = comparison.cells.iter().filter(|cell| cell.workload == workload);
+    let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut compared = ("", true);
+    for cell in cells {
+        let Some(profile) = profiles.get(cell.target.as_str()) else { continue };
+        compared = figure(cell);
+        let rounds = cell.rounds.iter().filter_map(|round| round.figures.get(compared.0));
+        values.entry(profile).or_default().extend(rounds);
+    }
+    let (name, more_is_better) = compared;
+    let base = values.get(DEFAULT)?;
+    let gain = |of: &[f64], to: &[f64]| gains(of, to, more_is_better);
+    let gains: BTreeMap<String, f64> = values
+        .iter()
+        .map(|(profile, values)| ((*profile).to_owned(), median(gain(values, base))))
+        .collect();
+    let first = gains.iter().max_by(|a, b| a.1.total_cmp(b.1)).map(|(name, _)| name.clone())?;
+    let best_values = values.get(first.as_str())?;
+    let is_as_good = |profile: &str| {
+        let worse = values.get(profile).map(|values| gain(best_values, values));
+        worse.is_none_or(|ratios| !is_difference(&ratios))
+    };
+    let others = gains.keys().filter(|name| **name != first && is_as_good(name));
+    let best = [&first].into_iter().chain(others).cloned().collect();
+    let is_comparison = gains.len() > 1;
+    is_comparison.then(|| Verdict {
+        best,
+        figure: name.to_owned(),
+        gains,
+        workload: workload.to_owned(),
+    })
+}
+
+/// What a workload is about, and whether more of it is better.
+fn figure(cell: &Cell) -> (&'static str, bool) {
+    match cell.unit.as_str() {
+        "GB" => ("bytes_per_second", true),
+        "flow" => ("user_bytes_per_flow", false),
+        // An open loop fixes the rate, and one connection waits for every answer.
+        _ if cell.workload.contains('@') => ("p99_us", false),
+        _ if cell.workload.ends_with("-1") => ("p50_us", false),
+        _ => ("per_second", true),
+    }
+}
+
+/// Round by round, how many times better.
+fn gains(of: &[f64], to: &[f64], more_is_better: bool) -> Vec<f64> {
+    let pairs = of.iter().zip(to).filter(|(of, to)| **of > 0.0 && **to > 0.0);
+    pairs.map(|(of, to)| if more_is_better { of / to } else { to / of }).collect()
+}
+
+/// Every round agrees that it is better, and by enough.
+fn is_difference(ratios: &[f64]) -> bool {
+    !ratios.is_empty()
+        && ratios.iter().all(|ratio| *ratio > 1.0)
+        && median(ratios.to_vec()) > MATTERS
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(1.0)
+}
+
+/// What others are compared with, and what is taken where nothing speaks for another.
+const DEFAULT: &str = "balanced";
+/// Less than this is within what two runs of the same differ by.
+const MATTERS: f64 = 1.05;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// One workload: the values of each round, by profile.
+    struct Measured<'a> {
+        workload: &'a str,
+        figure: &'a str,
+        profiles: &'a [(&'a str, [f64; 3])],
+    }
+
+    fn measured<'a>(
+        workload: &'a str,
+        figure: &'a str,
+        profiles: &'a [(&'a str, [f64; 3])],
+    ) -> Measured<'a> {
+        Measured { workload, figure, profiles }
+    }
+
+    fn result(all: &[Measured<'_>]) -> Comparison {
+        let mut made = json!({ "cells": [], "targets": [{ "name": "haproxy" }] });
+        for name in Profile::names() {
+            let target = json!({ "name": format!("forward/{name}"), "profile": name });
+            made["targets"].as_array_mut().unwrap().push(target);
+        }
+        for Measured { workload, figure, profiles } in all {
+            for (profile, values) in *profiles {
+                let rounds: Vec<_> =
+                    values.iter().map(|value| json!({ "figures": { *figure: value } })).collect();
+                made["cells"].as_array_mut().unwrap().push(json!({
+                    "target": format!("forward/{profile}"),
+                    "workload": workload,
+                    "unit": if figure.starts_with("bytes") { "GB" } else { "request" },
+                    "rounds": rounds,
+                }));
+            }
+        }
+        serde_json::from_value(made).unwrap()
+    }
+
+    #[test]
+    fn profile_that_wins_in_every_round_is_recommended() {
+        let faster = [("balanced", [90.0, 92.0, 88.0]), ("latency", [52.0, 50.0, 55.0])];
+        let judged = judge(&result(&[measured("pingpong-1", "p50_us", &faster)])).unwrap();
+        assert_eq!(judged.profile, "latency");
+        assert_eq!(judged.verdicts[0].best, ["latency"]);
+        assert!(judged.verdicts[0].gains["latency"] > 1.5);
+    }
+
+    #[test]
+    fn default_is_kept_where_rounds_disagree() {
+        let mixed = [("balanced", [100.0, 110.0, 100.0]), ("latency", [120.0, 100.0, 130.0])];
+        let judged = judge(&result(&[measured("pingpong-64", "per_second", &mixed)])).unwrap();
+        assert_eq!(judged.profile, "balanced");
+        assert_eq!(judged.verdicts[0].best, ["latency", "balanced"]);
+        let near = [("balanced", [100.0, 100.0, 100.0]), ("latency", [102.0, 103.0, 101.0])];
+        let judged = judge(&result(&[measured("pingpong-64", "per_second", &near)])).unwrap();
+        assert_eq!(judged.profile, "balanced", "too little to matter");
+    }
+
+    #[test]
+    fn most_workloads_decide() {
+        let bulk = [("balanced", [30.0, 31.0, 30.0]), ("throughput", [40.0, 41.0, 42.0])];
+        let small = [("balanced", [90.0, 91.0, 90.0]), ("throughput", [95.0, 70.0, 92.0])];
+        let judged = judge(&result(&[
+            measured("bulk-1", "bytes_per_second", &bulk),
+            measured("bulk-8", "bytes_per_second", &bulk),
+            measured("pingpong-64", "per_second", &small),
+        ]));
+        assert_eq!(judged.unwrap().profile, "throughput");
+        assert_eq!(judge(&result(&[])), None);
+        let alone = [("balanced", [90.0, 91.0, 90.0])];
+        assert_eq!(judge(&result(&[measured("pingpong-64", "per_second", &alone)])), None);
+    }
+}
