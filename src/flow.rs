@@ -60,7 +60,7 @@ pub struct Rules {
     pub pipe_bytes: u32,
     /// Buffers one direction may hold before its receive is cancelled; at least 2.
     pub segments_max: u16,
-    /// Which directions are spliced.
+    /// Which directions are spliced; may change while flows live.
     pub splice: Promotion,
     /// Bytes that a direction must have moved by copy to be promoted.
     pub splice_after_bytes: u64,
@@ -490,7 +490,7 @@ impl Rules {
         Rules {
             bulk_after_bytes: relay.bulk_after_bytes,
             bulk_segment_bytes: buffers.small_bytes / 2,
-            pipe_bytes: relay.pipe_bytes,
+            pipe_bytes: relay.pipe_bytes.min(relay.window_bytes),
             segments_max: relay.segments_max.max(2),
             splice: match relay.mode {
                 RelayMode::Auto if can_splice => Promotion::Bulk,

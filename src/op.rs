@@ -111,8 +111,7 @@ pub enum Op {
     },
     /// Make the upstream socket, set its options, bind if asked, and connect it.
     Connect,
-    /// Lend a real descriptor of this side's socket, non-blocking; kept until `Uninstall` or
-    /// `Close`.
+    /// Lend a real descriptor of this side's socket; kept until `Uninstall` or `Close`.
     Install(Side),
     /// Receive until `credit_bytes` have come, EOF, error, or the pool is empty.
     Receive {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::op::{FlowId, Side};
 use crate::sys::pipe::{self, Pipe};
+use crate::sys::socket;
 
 /// The descriptors and pipes of one worker.
 #[derive(Debug)]
@@ -76,9 +77,6 @@ impl Pipes {
 
     /// Keeps a descriptor that the ring has lent for a socket of an admitted flow.
     pub(super) fn keep(&mut self, flow: FlowId, side: Side, socket: OwnedFd) -> i32 {
-        if let Err(error) = pipe::set_nonblocking(socket.as_fd()) {
-            return -error.raw_os_error().unwrap_or(libc::EIO);
-        }
         let Some(lent) = self.lent(flow) else { return -libc::EMFILE };
         if let Some(place) = lent.sockets.get_mut(side as usize) {
             *place = Some(socket);
@@ -163,7 +161,7 @@ pub(super) struct Step {
 fn run(step: Step, pipe: &Pipe, source: BorrowedFd<'_>, target: BorrowedFd<'_>) -> (Spliced, u32) {
     let mut spliced = Spliced { drained: -libc::EAGAIN, filled: -libc::EAGAIN };
     if step.room_bytes > 0 {
-        spliced.filled = outcome(pipe::splice(source, pipe.writer.as_fd(), step.room_bytes));
+        spliced.filled = fill(pipe, source, step.room_bytes);
     }
     let held = step.held_bytes + u32::try_from(spliced.filled).unwrap_or(0);
     if held > 0 {
@@ -172,15 +170,29 @@ fn run(step: Step, pipe: &Pipe, source: BorrowedFd<'_>, target: BorrowedFd<'_>) 
     (spliced, held.saturating_sub(u32::try_from(spliced.drained).unwrap_or(0)))
 }
 
+/// At an urgent mark splice(2) takes nothing, and says EOF there once FIN has come, although bytes
+/// wait behind the mark (`tcp_splice_read` in net/ipv4/tcp.c looks at `SOCK_DONE`). So an EOF must
+/// be confirmed by who passes such marks.
+fn fill(pipe: &Pipe, source: BorrowedFd<'_>, room: u32) -> i32 {
+    match outcome(pipe::fill(pipe, source, room)) {
+        0 => match socket::is_at_end(source) {
+            Ok(true) => 0,
+            Ok(false) => -libc::EAGAIN,
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+        },
+        filled => filled,
+    }
+}
+
 /// splice(2) swallows the error that cuts it short, and with it the only sign that the connection
 /// broke: the next receive on that socket would look like FIN. So a short one is asked again.
 fn drain(pipe: &Pipe, target: BorrowedFd<'_>, held: u32) -> i32 {
-    let first = outcome(pipe::splice(pipe.reader.as_fd(), target, held));
+    let first = outcome(pipe::drain(pipe, target, held));
     let Ok(moved @ 1..) = u32::try_from(first) else { return first };
     if moved >= held {
         return first;
     }
-    match outcome(pipe::splice(pipe.reader.as_fd(), target, held - moved)) {
+    match outcome(pipe::drain(pipe, target, held - moved)) {
         more @ 0.. => first + more,
         again if again == -libc::EAGAIN || again == -libc::EINTR => first,
         broken => broken,

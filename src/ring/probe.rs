@@ -81,8 +81,8 @@ fn splice_works() -> bool {
     let attempt = || {
         let ((mut near, far), pipe) = (UnixStream::pair()?, Pipe::open(PROBE_PIPE_BYTES)?);
         near.write_all(b"x")?;
-        pipe::splice(far.as_fd(), pipe.writer.as_fd(), 1)?;
-        pipe::splice(pipe.reader.as_fd(), far.as_fd(), 1)
+        pipe::fill(&pipe, far.as_fd(), 1)?;
+        pipe::drain(&pipe, far.as_fd(), 1)
     };
     attempt().is_ok_and(|moved| moved == 1)
 }

@@ -12,7 +12,7 @@ use super::{Event, POLLIN, Ring};
 use crate::op::{FlowId, Readiness, Side, Token};
 
 impl Ring {
-    /// Lends a non-blocking descriptor of a socket in its slot; kept until `uninstall` or `close`.
+    /// Lends a descriptor of a socket in its slot; kept until `uninstall` or `close`.
     /// The event says 0, or `EMFILE` where the limit on spliced flows is reached.
     pub fn install(&mut self, token: Token, side: Side) {
         if !self.pipes.admit(token.flow()) {

@@ -14,6 +14,7 @@ use crate::sys::socket;
 
 mod closing;
 mod refused;
+mod splicing;
 
 /// A ring with a batch, and the words to await events.
 struct Bench {

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "splice(2) takes raw descriptors")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -30,13 +30,38 @@ impl Pipe {
     }
 }
 
-/// Moves up to `bytes` bytes from a socket into a pipe or from a pipe into a socket, without
-/// waiting for the pipe; whether it waits for the socket is up to the socket's `O_NONBLOCK`.
+/// Moves up to `bytes` bytes from `socket` into the pipe, without waiting; 0 for EOF.
 ///
 /// # Errors
 ///
-/// `EAGAIN`: nothing could be moved just now. `EINVAL`: this socket cannot be spliced.
-pub fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, bytes: u32) -> io::Result<u32> {
+/// `EAGAIN`: the socket is empty or the pipe full. `EINVAL`: this socket cannot be spliced.
+pub fn fill(pipe: &Pipe, socket: BorrowedFd<'_>, bytes: u32) -> io::Result<u32> {
+    without_waiting(socket, || splice(socket, pipe.writer.as_fd(), bytes))
+}
+
+/// Moves up to `bytes` bytes out of the pipe into `socket`, without waiting.
+///
+/// # Errors
+///
+/// `EAGAIN`: the pipe is empty or the socket full.
+pub fn drain(pipe: &Pipe, socket: BorrowedFd<'_>, bytes: u32) -> io::Result<u32> {
+    without_waiting(socket, || splice(pipe.reader.as_fd(), socket, bytes))
+}
+
+/// `SPLICE_F_NONBLOCK` is about the pipe; whether a call waits for the socket is up to the socket's
+/// `O_NONBLOCK` (`splice_to_socket` in fs/splice.c). It is set for the call alone: a send that waits
+/// in a ring on the same socket would end short of what it was asked to send.
+fn without_waiting(
+    socket: BorrowedFd<'_>,
+    call: impl FnOnce() -> io::Result<u32>,
+) -> io::Result<u32> {
+    fcntl(socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let moved = call();
+    fcntl(socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+    moved
+}
+
+fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, bytes: u32) -> io::Result<u32> {
     let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK;
     let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
     // SAFETY: both descriptors are borrowed, so open for the call; without offsets the kernel
@@ -47,22 +72,9 @@ pub fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, bytes: u32) -> io::Resul
     u32::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
 
-/// From now on calls on the socket do not wait; requests of a ring do as before, because they say
-/// themselves whether they wait.
-///
-/// # Errors
-///
-/// Never for a socket.
-pub fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -70,17 +82,16 @@ mod tests {
     #[test]
     fn bytes_go_through_and_nothing_waits() {
         let (mut near, socket) = UnixStream::pair().unwrap();
-        set_nonblocking(socket.as_fd()).unwrap();
         let pipe = Pipe::open(4096).unwrap();
-        let empty = splice(socket.as_fd(), pipe.writer.as_fd(), 100).unwrap_err();
+        let empty = fill(&pipe, socket.as_fd(), 100).unwrap_err();
         assert_eq!(empty.raw_os_error(), Some(libc::EAGAIN));
         near.write_all(b"through").unwrap();
-        assert_eq!(splice(socket.as_fd(), pipe.writer.as_fd(), 100).unwrap(), 7);
-        assert_eq!(splice(pipe.reader.as_fd(), socket.as_fd(), 7).unwrap(), 7);
+        assert_eq!(fill(&pipe, socket.as_fd(), 100).unwrap(), 7);
+        assert_eq!(drain(&pipe, socket.as_fd(), 7).unwrap(), 7);
         let mut back = [0; 7];
         near.read_exact(&mut back).unwrap();
         assert_eq!(&back, b"through");
         drop(near);
-        assert_eq!(splice(socket.as_fd(), pipe.writer.as_fd(), 100).unwrap(), 0);
+        assert_eq!(fill(&pipe, socket.as_fd(), 100).unwrap(), 0);
     }
 }

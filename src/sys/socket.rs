@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, recv};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockRef, Socket, Type};
 
 use crate::addr;
@@ -223,6 +224,16 @@ pub fn set_reset_on_close(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// `ENOTCONN`: the peer has reset the connection.
 pub fn shutdown_write(fd: BorrowedFd<'_>) -> io::Result<()> {
     SockRef::from(&fd).shutdown(std::net::Shutdown::Write)
+}
+
+/// Whether the peer has sent FIN and everything before it was read (recv(2) with `MSG_PEEK`).
+///
+/// # Errors
+///
+/// `EAGAIN`: neither bytes nor FIN are here.
+pub fn is_at_end(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    Ok(recv(fd.as_raw_fd(), &mut [0], flags)? == 0)
 }
 
 /// An eventfd, non-blocking: the bell of a mailbox.

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What holds in every relay: resets, back-pressure, urgent data, every byte of a long stream.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::scope;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use crate::harness::rig::{Counted, Rig};
+use crate::harness::{Random, check, expect_eof, expect_reset, receive, send, until};
+
+/// Each relay as keys of a profile; `auto` so that it changes its mind often.
+pub(crate) const RELAYS: [(&str, &str); 3] = [
+    ("copy", "relay: { mode: copy }"),
+    ("splice", "relay: { mode: splice }"),
+    (
+        "auto",
+        "relay: { mode: auto, splice_after_bytes: 30000, splice_fullness_percent: 5, \
+         splice_short_bytes: 8192 }",
+    ),
+];
+
+/// RL4, RL5, IO4: a reset of either end arrives at the other end as a reset, wherever it happens,
+/// and what was on its way then is seen by nobody else, although there is but one pipe.
+#[test]
+fn reset_of_one_end_resets_the_other() {
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(&format!("{profile}\nlimits: {{ pipes_max: 1 }}"));
+        let pipes = rig.weir.descriptors("pipe:");
+        let mut random = Random::new(4);
+        for round in 0..300 {
+            let (client, server) = rig.pair();
+            let (mut sender, mut other) =
+                if round % 2 == 0 { (client, server) } else { (server, client) };
+            let before = random.below(200_000);
+            scope(|scope| {
+                scope.spawn(|| {
+                    send(&mut sender, round, before).unwrap();
+                    SockRef::from(&sender).set_linger(Some(Duration::ZERO)).unwrap();
+                    drop(sender);
+                });
+                let came = receive(&mut other, round, before + 1);
+                assert!(came.is_err(), "{relay} {round}: EOF after {came:?} of {before} bytes");
+            });
+        }
+        // An upstream may reset before weir has looked at its answer.
+        let reasons = ["connect_failed", "downstream_reset", "upstream_reset"];
+        let resets = || reasons.map(|reason| rig.weir.closed(reason)).iter().sum::<u64>();
+        until("every reset is counted", || resets() == 300);
+        let left = rig.weir.descriptors("pipe:") - pipes;
+        assert!(left <= 2, "{relay}: {left} ends of pipes where one pipe is allowed");
+        rig.end();
+    }
+}
+
+/// RL4, RL5: a reset stays a reset behind a send that waits for room: that send swallows the error,
+/// and what is received next looks like FIN. The pipe that was full then is not used again.
+#[test]
+fn reset_behind_a_blocked_send_is_no_end_of_stream() {
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        for round in 0..100 {
+            let (client, server) = rig.pair();
+            let (mut writer, mut other) =
+                if round % 2 == 0 { (client, server) } else { (server, client) };
+            writer.set_nonblocking(true).unwrap();
+            // Until both sockets and what weir holds are full: nobody reads at the other end.
+            let mut taken = 0;
+            until("the writer is stopped", || {
+                let before = taken;
+                while let Ok(bytes) = writer.write(&[1; 65536]) {
+                    taken += bytes;
+                }
+                taken > 0 && taken == before
+            });
+            writer.set_nonblocking(false).unwrap();
+            scope(|scope| {
+                scope.spawn(|| expect_reset(&mut writer));
+                other.write_all(b"an answer that is not whole").unwrap();
+                SockRef::from(&other).set_linger(Some(Duration::ZERO)).unwrap();
+                drop(other);
+            });
+        }
+        let resets = || rig.weir.closed("downstream_reset") + rig.weir.closed("upstream_reset");
+        until("every reset is counted", || resets() == 100);
+        let (mut client, mut server) = rig.pair();
+        send(&mut client, 7, 100_000).unwrap();
+        check(&mut server, 7, 100_000);
+        drop((client, server));
+        assert!(rig.weir.descriptors("pipe:") < 20, "{relay}: pipes of dead flows are left");
+        rig.end();
+    }
+}
+
+/// RL3: a reader that stops makes the writer stop within bounds, and keeps it stopped; memory stays
+/// as it is; then everything arrives. `WEIR_STALL_SECONDS` makes it stop for longer.
+#[test]
+fn stalled_reader_stops_the_writer_and_loses_nothing() {
+    const BYTES: u64 = 100 * MB;
+    let stall = std::env::var("WEIR_STALL_SECONDS").map_or(1, |seconds| seconds.parse().unwrap());
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        let before = rig.weir.anonymous_bytes();
+        let (client, mut server) = rig.pair();
+        let sent = AtomicU64::new(0);
+        scope(|scope| {
+            let mut counted = Counted(&client, &sent);
+            client.set_write_timeout(None).unwrap();
+            let writer = scope.spawn(move || send(&mut counted, 3, BYTES).unwrap());
+            let mut last = (0, Instant::now());
+            until("the writer stops", || {
+                let now = sent.load(Ordering::Relaxed);
+                if now != last.0 {
+                    last = (now, Instant::now());
+                }
+                now > 0 && last.1.elapsed() > Duration::from_millis(500)
+            });
+            let (taken, held) = (sent.load(Ordering::Relaxed), rig.net.socket_bytes());
+            std::thread::sleep(Duration::from_secs(stall));
+            assert_eq!(sent.load(Ordering::Relaxed), taken, "{relay}: it stays stopped");
+            assert!(taken < 16 * MB, "{relay}: {taken} bytes were taken from a stopped flow");
+            let (now, user) = (rig.net.socket_bytes(), rig.weir.anonymous_bytes());
+            assert!(now < held + MB, "{relay}: sockets grew from {held} to {now} bytes");
+            let grown = user.saturating_sub(before);
+            assert!(grown < 4 * MB, "{relay}: user memory grew by {grown} bytes");
+            check(&mut server, 3, BYTES);
+            writer.join().unwrap();
+        });
+        drop((client, server));
+        rig.end();
+    }
+}
+
+/// RL13: an urgent byte stays in its place or is left out, and the stream goes on.
+#[test]
+fn urgent_byte_never_stops_the_stream() {
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        let (mut client, mut server) = rig.pair();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            server.read_to_end(&mut all).unwrap();
+            all
+        });
+        for _ in 0..20 {
+            client.write_all(&[b'a'; 40_000]).unwrap();
+            assert_eq!(SockRef::from(&client).send_out_of_band(b"!").unwrap(), 1);
+            client.write_all(&[b'b'; 40_000]).unwrap();
+        }
+        client.shutdown(Shutdown::Write).unwrap();
+        let all = reader.join().unwrap();
+        let urgent = all.iter().filter(|byte| **byte == b'!').count();
+        assert_eq!(all.len() - urgent, 20 * 80_000, "{relay}");
+        expect_eof(&client);
+        drop(client);
+        rig.end();
+    }
+}
+
+/// Every word of a long stream, both ways at once. `WEIR_GIGABYTES` makes it longer.
+#[test]
+fn long_stream_is_whole_word_by_word() {
+    let bytes = std::env::var("WEIR_GIGABYTES").map_or(200 * MB, |text| {
+        text.parse::<u64>().unwrap() << 30
+    });
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        let (client, server) = rig.pair();
+        scope(|scope| {
+            for (seed, mut stream) in [(1, &client), (2, &server)] {
+                scope.spawn(move || {
+                    send(&mut stream, seed, bytes / 2).unwrap();
+                    stream.shutdown(Shutdown::Write).unwrap();
+                });
+            }
+            for (seed, mut stream) in [(1, &server), (2, &client)] {
+                scope.spawn(move || {
+                    check(&mut stream, seed, bytes / 2);
+                    expect_eof(stream);
+                });
+            }
+        });
+        let spliced = rig.weir.metric("weir_bytes_total", &["relay=\"splice\""]);
+        let expected = if relay == "copy" { 0 } else { bytes / 4 };
+        assert!(spliced >= expected, "{relay}: {spliced} bytes were spliced");
+        drop((client, server));
+        rig.end();
+    }
+}
+
+const MB: u64 = 1 << 20;
