@@ -181,6 +181,13 @@ impl Counters {
         }
     }
 
+    /// Bytes handed to sockets so far, in all relays.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let all = self.bytes_to_upstream.iter().chain(&self.bytes_to_downstream);
+        all.flatten().map(Counter::value).sum()
+    }
+
     /// Counts that a direction has changed its relay, if it has.
     pub fn changed(&self, before: Relay, after: Relay) {
         if let Some(counter) = self.relay_changes.get(after as usize).filter(|_| before != after) {

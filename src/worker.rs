@@ -23,7 +23,7 @@ use crate::config::ProxyProtocol;
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::op::Relay;
-use crate::profile::Profile;
+use crate::profile::{Profile, RelayMode};
 use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError, SpliceLimits};
 use crate::service::{Balance, Picker, ServiceId, Tally, Update};
 use crate::sys::netns::Netns;
@@ -33,6 +33,7 @@ use accept::Listening;
 use breaker::Breaker;
 use mailbox::{Letter, Mailbox};
 use slab::Slab;
+use trial::Trial;
 use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
 
@@ -46,6 +47,7 @@ mod slab;
 #[cfg(test)]
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;
+mod trial;
 mod turn;
 mod wheel;
 
@@ -377,6 +379,7 @@ impl Worker {
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
             ticks: TimerTicks::new(&profile.timeouts),
+            trial: (can_splice && profile.relay.mode == RelayMode::Auto).then(Trial::new),
             wheel: Wheel::new(flows_max),
             counters,
             setup,

@@ -79,12 +79,18 @@ impl Half {
     /// there may be more to change. `lent`: the descriptors of both sides are here.
     pub(super) fn steer(&mut self, rules: &Rules, lent: bool) -> bool {
         let before = self.path;
+        let never = rules.splice == Promotion::Never;
         match self.path {
             Path::Copy if self.deserves_splice(rules) => self.path = Path::Leaving,
-            Path::Leaving if self.source_ended => self.path = Path::Copy,
+            Path::Leaving if self.source_ended || never => self.path = Path::Copy,
             Path::Leaving if lent && self.copying.is_over() => {
                 self.splicing = Splicing::begin(rules);
                 self.path = Path::Splice;
+            }
+            Path::Splice if never && self.splicing.is_over() => {
+                // No fault of its own: it may come back as soon as that changes.
+                self.path = Path::Copy;
+                self.returned_at = self.moved_bytes.saturating_sub(rules.splice_after_bytes);
             }
             Path::Splice if self.splicing.wants_out() && self.splicing.is_over() => {
                 self.return_to_copy();

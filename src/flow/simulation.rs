@@ -96,8 +96,7 @@ impl World {
                 bulk_segment_bytes: 8,
                 pipe_bytes: 1 + random.below(60) as u32,
                 segments_max: 2 + random.below(6) as u16,
-                splice: [Promotion::Always, Promotion::Bulk, Promotion::Never]
-                    [random.below(3) as usize],
+                splice: promotion(&mut random),
                 splice_after_bytes: 1 + random.below(60),
                 splice_bulk_read_bytes: random.below(20) as u32,
                 splice_read_bytes: random.below(10) as u32,
@@ -366,6 +365,10 @@ impl World {
     }
 }
 
+fn promotion(random: &mut Random) -> Promotion {
+    [Promotion::Always, Promotion::Bulk, Promotion::Never][random.below(3) as usize]
+}
+
 /// One life and how it ended; panics where a promise is broken.
 fn live(seed: u64) -> (CloseReason, [u64; 2]) {
     let mut world = World::new(seed);
@@ -381,6 +384,9 @@ fn live(seed: u64) -> (CloseReason, [u64; 2]) {
         assert!(steps < 20_000, "the flow goes round in circles");
         world.queues = [flow.queue(Side::Downstream), flow.queue(Side::Upstream)];
         let completion = world.next().expect("a living flow waits for something");
+        if world.random.one_in(30) {
+            world.rules.splice = promotion(&mut world.random);
+        }
         let before = Side::BOTH.map(|from| flow.relay(from));
         flow.step(completion, &world.rules, &mut world.segments, &mut ops);
         let after = Side::BOTH.map(|from| flow.relay(from));

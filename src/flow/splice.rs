@@ -65,7 +65,7 @@ impl Splicing {
 
     /// The next step or wait, if none is in flight and there is a point in it.
     pub(super) fn next(&mut self, from: Side, ended: bool, rules: &Rules) -> Option<Op> {
-        let takes = !ended && !self.wants_out;
+        let takes = !ended && !self.wants_out && rules.splice != Promotion::Never;
         if !takes && self.held_bytes == 0 {
             return None;
         }

@@ -110,7 +110,7 @@ fn small_profile() -> Profile {
         name: "test".into(),
         relay: profile::Relay {
             bulk_after_bytes: 65536,
-            mode: profile::RelayMode::Copy,
+            mode: RelayMode::Copy,
             pipe_bytes: 65536,
             segments_max: 16,
             splice_after_bytes: 65536,

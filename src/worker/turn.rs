@@ -12,6 +12,7 @@ use super::accept::Listening;
 use super::breaker::Breaker;
 use super::mailbox::{Letter, Mailbox};
 use super::slab::{Peers, Slab};
+use super::trial::Trial;
 use super::wheel::{Clock, Wheel};
 use super::{FlowRow, Setup};
 use crate::flow::{Flow, Ops, Rules, Segments};
@@ -45,6 +46,8 @@ pub(super) struct Worker {
     /// Directions that wait for a small buffer, first come first served.
     pub(super) starved: VecDeque<(FlowId, Side)>,
     pub(super) ticks: TimerTicks,
+    /// Where `auto` may splice.
+    pub(super) trial: Option<Trial>,
     pub(super) wheel: Wheel,
 }
 
@@ -76,6 +79,9 @@ impl Worker {
             self.handle(event);
         }
         self.splice();
+        if let Some(trial) = &mut self.trial {
+            self.rules.splice = trial.judge(self.clock.elapsed(), || self.counters.bytes());
+        }
         self.return_buffers();
         self.feed_starved();
         self.expire();

@@ -22,6 +22,7 @@ pub(super) struct Wheel {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     began: Instant,
+    elapsed: Duration,
     now: u32,
 }
 
@@ -34,17 +35,23 @@ struct Link {
 
 impl Clock {
     pub(super) fn start() -> Clock {
-        Clock { began: Instant::now(), now: 0 }
+        Clock { began: Instant::now(), elapsed: Duration::ZERO, now: 0 }
     }
 
     /// Reads the clock; once a turn.
     pub(super) fn read(&mut self) {
-        let ticks = self.began.elapsed().as_millis() / u128::from(TICK_MS);
+        self.elapsed = self.began.elapsed();
+        let ticks = self.elapsed.as_millis() / u128::from(TICK_MS);
         self.now = u32::try_from(ticks & u128::from(u32::MAX)).unwrap_or(0);
     }
 
     pub(super) const fn now(&self) -> u32 {
         self.now
+    }
+
+    /// Since the worker began, finer than in ticks.
+    pub(super) const fn elapsed(&self) -> Duration {
+        self.elapsed
     }
 
     /// The same as an instant, a tick behind at most.
