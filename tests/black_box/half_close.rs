@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The half-close matrix: four orders, every relay, 1 B to 64 MB, readers at any speed.
 //!
-//! `WEIR_RUNS` says how many runs, 2,000 if nothing; `scripts/prove` runs 100,000. A run is what
-//! its number makes of it, and every word it sends carries that number.
+//! 2,000 runs, or 100,000 with `WEIR_TEST_FULL=1`. A run is what its number makes of it, and every
+//! word it sends carries that number.
 
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::scope;
 
 use crate::harness::rig::Paced;
-use crate::harness::{Net, Place, Random, Weir, check, expect_eof, send, until};
+use crate::harness::{Net, Place, Random, Weir, check, expect_eof, rounds, send, until};
 use crate::relays::RELAYS;
 
 /// One run of the matrix.
@@ -30,14 +30,20 @@ impl Run {
         for _ in 0..3 {
             random.below(2);
         }
-        let bytes_per_second = [0, 1 << 20, 10 << 20, 100 << 20][random.below(4) as usize];
-        let size_max = if bytes_per_second == 0 { u64::MAX } else { bytes_per_second * seconds_max };
+        let bytes_per_second = match random.below(4) {
+            0 => 0,
+            1 => 1 << 20,
+            2 => 10 << 20,
+            _ => 100 << 20,
+        };
+        let size_max =
+            if bytes_per_second == 0 { u64::MAX } else { bytes_per_second * seconds_max };
         let size = |random: &mut Random| size(random.below(1000)).min(size_max);
         Run {
             bytes: [size(&mut random), size(&mut random)],
             bytes_per_second,
-            client_ends_first: number % 2 == 0,
-            both_at_once: number / 2 % 2 == 0,
+            client_ends_first: number.is_multiple_of(2),
+            both_at_once: (number / 2).is_multiple_of(2),
             number,
         }
     }
@@ -59,7 +65,8 @@ impl Run {
     }
 
     fn send(self, from: usize, mut to: &TcpStream) {
-        send(&mut to, self.seed(from), self.bytes[from]).unwrap_or_else(|e| panic!("{self:?}: {e}"));
+        send(&mut to, self.seed(from), self.bytes[from])
+            .unwrap_or_else(|e| panic!("{self:?}: {e}"));
         to.shutdown(Shutdown::Write).unwrap();
     }
 
@@ -138,8 +145,7 @@ fn matrix(relay: &str, profile: &str, runs: u64, seconds_max: u64) {
 /// RL1: in every relay and every order both directions arrive whole, and end with FIN.
 #[test]
 fn half_closes_in_any_order_lose_nothing() {
-    let runs = std::env::var("WEIR_RUNS").map_or(2000, |runs| runs.parse().unwrap());
-    let seconds_max = if runs > 10_000 { 64 } else { 1 };
+    let (runs, seconds_max) = (rounds(2_000, 100_000), rounds(1, 64));
     for (relay, profile) in RELAYS {
         matrix(relay, profile, runs / RELAYS.len() as u64 + 1, seconds_max);
     }

@@ -12,6 +12,7 @@ pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, rece
 mod bpffs;
 mod net;
 mod program;
+pub(crate) mod rig;
 mod weir;
 mod words;
 

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod copy;
+mod half_close;
 mod harness;
 mod hook;
 mod inbound;
@@ -14,8 +15,10 @@ mod limits;
 mod outbound;
 mod peers;
 mod proxy_protocol;
+mod relays;
 mod ring;
 mod rules;
 mod services;
+mod splice;
 mod tune;
 mod workloads;

@@ -79,7 +79,7 @@ fn haproxy_is_a_good_upstream() {
             });
             scope.spawn(move || {
                 check(&mut stream, seed, 1_000_000);
-                expect_eof(&mut stream);
+                expect_eof(&stream);
             });
         }
     });
@@ -160,7 +160,7 @@ fn sixty_four_flows_lose_and_mix_nothing() {
             });
             scope.spawn(move || {
                 check(&mut stream, seed, bytes);
-                expect_eof(&mut stream);
+                expect_eof(&stream);
             });
         }
     });

@@ -105,12 +105,12 @@ fn exchange(mut client: TcpStream, app: &TcpListener, header: impl FnOnce(&mut T
             writer.shutdown(Shutdown::Write).unwrap();
         });
         check(&mut served, 1, 300_000);
-        expect_eof(&mut served);
+        expect_eof(&served);
         scope.spawn(move || {
             send(&mut served, 2, 300_000).unwrap();
         });
         check(&mut client, 2, 300_000);
-        expect_eof(&mut client);
+        expect_eof(&client);
     });
 }
 
@@ -135,11 +135,11 @@ fn silent_client_is_announced_too() {
     client.shutdown(Shutdown::Write).unwrap();
     let (mut served, _) = app.accept().unwrap();
     expect_header("v2", &mut served, client.local_addr().unwrap(), door.parse().unwrap());
-    expect_eof(&mut served);
+    expect_eof(&served);
     served.write_all(b"bye").unwrap();
     drop(served);
     client.read_exact(&mut [0; 3]).unwrap();
-    expect_eof(&mut client);
+    expect_eof(&client);
     drop(client);
     drop(app);
     weir.end(&net);

@@ -72,7 +72,7 @@ fn starved_flows_wait_and_lose_nothing() {
                     writer.shutdown(Shutdown::Write).unwrap();
                 });
                 check(&mut reader, seed, 150_000);
-                expect_eof(&mut reader);
+                expect_eof(&reader);
                 sender.join().unwrap();
             });
         }

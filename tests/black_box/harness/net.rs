@@ -212,6 +212,15 @@ impl Net {
         self.run(place, &words)
     }
 
+    /// Bytes that the kernel holds for the node's TCP sockets, received or to be sent.
+    pub(crate) fn socket_bytes(&self) -> u64 {
+        let text = self.run(Place::Node, &["ss", "-Htnm"]);
+        // skmem:(r0,rb131072,t0,tb87040,f4096,w0,o0,bl0,d0)
+        let fields = text.split(['(', ',', ')']);
+        let number = |field: &str, name| field.strip_prefix(name)?.parse::<u64>().ok();
+        fields.filter_map(|field| number(field, 'r').or(number(field, 'w'))).sum()
+    }
+
     /// Nothing of weir is left in the node but sockets in TIME_WAIT.
     pub(crate) fn is_clean(&self) -> bool {
         self.is_clean_in(Place::Node)

@@ -94,7 +94,8 @@ impl Read for Paced<'_> {
 
 /// Where weir listens.
 pub(crate) const LISTEN: &str = "10.98.1.1:7000";
-const SERVER: &str = "10.98.2.2:7001";
+/// Where its upstream is.
+pub(crate) const SERVER: &str = "10.98.2.2:7001";
 const FORWARD: [&str; 4] = ["--listen", LISTEN, "--to", SERVER];
 /// Long enough to fill every socket and buffer.
 const STALL: Duration = Duration::from_millis(300);

@@ -144,6 +144,13 @@ impl Weir {
         (0..).find(|number| fs::symlink_metadata(place.join(number.to_string())).is_err()).unwrap()
     }
 
+    /// Open descriptors of this kind: `pipe:`, `socket:`.
+    pub(crate) fn descriptors(&self, kind: &str) -> usize {
+        let place = format!("/proc/{}/fd", self.pid());
+        let links = fs::read_dir(place).unwrap().flatten().map(|one| fs::read_link(one.path()));
+        links.flatten().filter(|target| target.to_string_lossy().starts_with(kind)).count()
+    }
+
     /// Resident bytes that belong to user space alone.
     pub(crate) fn anonymous_bytes(&self) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();

@@ -63,7 +63,7 @@ pub(crate) fn check(stream: &mut impl Read, seed: u64, bytes: u64) {
 }
 
 /// The peer has sent FIN, and nothing before it.
-pub(crate) fn expect_eof(stream: &mut TcpStream) {
+pub(crate) fn expect_eof(mut stream: &TcpStream) {
     assert_eq!(stream.read(&mut [0; 16]).unwrap(), 0, "EOF");
 }
 
