@@ -98,7 +98,8 @@ pub enum HookError {
     Built(&'static str),
     /// The kernel took no program or map.
     #[error(
-        "connect hook: load: {said} (needs CAP_BPF and CAP_NET_ADMIN, Linux 6.1 or newer with CONFIG_CGROUP_BPF)"
+        "connect hook: load: {said} (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, Linux 6.1 or newer with \
+         CONFIG_CGROUP_BPF)"
     )]
     Load {
         /// In the kernel's words.
@@ -119,7 +120,9 @@ pub enum HookError {
     #[error(transparent)]
     Pin(#[from] PinError),
     /// A program was refused.
-    #[error("connect hook: {step} {program}: {said} (needs CAP_BPF and CAP_NET_ADMIN)")]
+    #[error(
+        "connect hook: {step} {program}: {said} (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)"
+    )]
     Program {
         /// Which.
         program: &'static str,

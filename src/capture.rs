@@ -9,13 +9,13 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::bpf::{ConnectHook, HookError, neighbours};
+use crate::bpf::{ConnectHook, HookError};
 use crate::sys::cgroup::CgroupError;
 use crate::sys::netlink::Changes;
 
 use guard::Guard;
 
-pub use crate::bpf::{Filters, HookPlan, Losses, Records};
+pub use crate::bpf::{Filters, HookPlan, Losses, Neighbour, Records, neighbours};
 pub use own_ports::OwnPorts;
 pub use plan::{Inbound, Netfilter, Outbound, Plan, Way, Workload};
 pub use route::Step;

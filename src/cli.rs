@@ -59,6 +59,15 @@ enum Verb {
         #[arg(long, value_name = "SECONDS", default_value = "6")]
         seconds: u64,
     },
+    /// Dial from inside a cgroup; for `weir check`
+    #[command(hide = true)]
+    Dial {
+        /// Its directory
+        #[arg(long, value_name = "PATH")]
+        cgroup: PathBuf,
+        /// Where to
+        to: SocketAddr,
+    },
     /// Let a running weir finish its flows and end
     Drain(Ask),
     /// List the endpoints of a running weir, and what is known about each
@@ -279,6 +288,7 @@ pub fn run() -> Result<(), Failure> {
             run::show(file.as_deref(), output)
         }
         Verb::Demo { seconds } => demo::run(seconds),
+        Verb::Dial { cgroup, to } => check::dial(&cgroup, to),
         Verb::Drain(ask) => ask::drain(&ask.socket),
         Verb::Endpoints(ask) => ask::endpoints(&ask.ask.socket, ask.output),
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),

@@ -2,6 +2,7 @@
 //! `weir check`: what works here, what does not, and the one thing to do about it.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::{Failure, Output, print, run};
@@ -27,24 +28,36 @@ pub(super) fn check(file: Option<&Path>, output: Output, strict: bool) -> Result
     }
 }
 
+/// Joins `cgroup` and dials.
+pub(super) fn dial(cgroup: &Path, to: SocketAddr) -> Result<(), Failure> {
+    check::dial(cgroup, to).map_err(Failure::Failed)
+}
+
+/// A group is a head, a line, and its findings; what does not work is followed by the one thing to do.
 fn table(findings: &[Finding]) -> String {
     let mut text = String::new();
     let mut group = "";
-    for finding in findings {
-        if finding.group != group {
-            group = finding.group;
+    for Finding { cure, group: of, outcome, what } in findings {
+        if *of != group {
+            group = of;
+            let gap = if text.is_empty() { "" } else { "\n" };
             // Writing to a string cannot fail.
-            let _ = writeln!(text, "{group}");
+            let _ = writeln!(text, "{gap}{group}\n{}", "-".repeat(group.len()));
         }
-        let mark = match finding.outcome {
-            Outcome::Fails => "\u{d7}",
-            Outcome::Warns => "!",
-            Outcome::Works => "\u{221a}",
-        };
-        let _ = writeln!(text, "  {mark} {}", finding.what);
-        if finding.outcome != Outcome::Works {
-            let _ = writeln!(text, "      {}", finding.cure);
+        let _ = writeln!(text, "{} {what}", mark(*outcome));
+        if *outcome != Outcome::Works {
+            let _ = writeln!(text, "    {cure}");
         }
     }
+    let worst = findings.iter().map(|finding| finding.outcome).min().unwrap_or(Outcome::Works);
+    let _ = writeln!(text, "\nall in all: {}", mark(worst));
     text
+}
+
+const fn mark(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Fails => "\u{d7}",
+        Outcome::Warns => "\u{203c}",
+        Outcome::Works => "\u{221a}",
+    }
 }

@@ -299,6 +299,33 @@ fn programs_of_others_above_and_below_keep_working() {
     assert!(!outer.programs().contains("foreign_connect"));
 }
 
+/// The capabilities that the service file gives are enough, and the one that is easily forgotten is
+/// named.
+#[test]
+fn capabilities_of_the_service_are_enough() {
+    let (net, cgroup) = (Net::new(), Cgroup::new());
+    servers(&net);
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    let text = format!("inbound: {{}}\n{}", config(&cgroup, ""));
+    let under = |capabilities: &str| {
+        let mut command = net.command(Place::Node, "setpriv");
+        command.arg(format!("--bounding-set=-all,{capabilities}")).arg("--inh-caps=-all");
+        command
+    };
+    let mut command = under("+net_admin,+net_bind_service,+bpf,+perfmon");
+    command.arg(weir());
+    let weir = Weir::run_as(command, &text);
+    assert_eq!(says(&cgroup, &net, TRY), SERVED);
+    assert_eq!(weir.opened(), 2);
+    weir.end(&net);
+    let place = tempfile::TempDir::new().unwrap();
+    let file = crate::harness::config_file(&place, &text);
+    let words = ["timeout", "20", crate::harness::weir(), "run", "-c", file.to_str().unwrap()];
+    let output = under("+net_admin,+net_bind_service,+bpf").args(words).output().unwrap();
+    let text = crate::harness::said(&output);
+    assert!(output.status.code() == Some(4) && text.contains("CAP_PERFMON"), "{text}");
+}
+
 /// CH10: UDP is left alone as a whole: an exchange as DNS has it, connected and not, to several
 /// places, with the peer's name and the sender's as without weir.
 #[test]

@@ -117,7 +117,7 @@ fn check_names_what_is_missing_and_its_cure() {
     let text = String::from_utf8_lossy(&before.stdout).into_owned();
     assert_eq!(before.status.code(), Some(3), "{text}");
     assert!(
-        text.contains("! replies led back by mark") && text.contains("tcp_fwmark_accept=1"),
+        text.contains("\u{203c} replies led back by mark") && text.contains("tcp_fwmark_accept=1"),
         "{text}"
     );
     net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
