@@ -1,6 +1,6 @@
 # Two commands for people in a hurry: `make demo` and `make test`. Both install what is missing.
 
-.PHONY: build demo test
+.PHONY: build demo interop test
 
 demo:
 	scripts/setup demo
@@ -14,3 +14,8 @@ test:
 build:
 	scripts/setup build
 	cargo build --locked --release
+
+# Against other people's SDKs, which it fetches.
+interop:
+	scripts/setup test
+	scripts/interop

@@ -18,9 +18,14 @@ mod capture;
 mod claims;
 mod read;
 mod service;
+mod takeover;
 #[cfg(test)]
 mod tests;
 mod workloads;
+
+pub use takeover::{
+    Named, Registry, RegistryKind, Takeover, Wanted, is_service_name, registry_file,
+};
 
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");
@@ -41,6 +46,8 @@ pub struct Config {
     pub on_exit: OnExit,
     /// How fast and how big.
     pub profile: Profile,
+    /// Traffic that comes because the service registry says so.
+    pub takeover: Option<Takeover>,
     /// How many workers, and where.
     pub workers: Workers,
     /// Whose traffic is captured. What stands at the top of the file comes first, without a name.

@@ -24,6 +24,7 @@ use crate::worker::{Handle, WorkerError};
 
 use capturing::{Capturing, RulesLost};
 use services::Services;
+use takeover::TakingOver;
 
 mod admin;
 mod capturing;
@@ -34,10 +35,12 @@ mod descriptors;
 mod exposition;
 mod listeners;
 mod places;
+mod routes;
 pub mod rules;
 mod services;
 pub mod shown;
 mod start;
+mod takeover;
 pub mod view;
 
 /// Why weir did not start or did not end well.
@@ -142,6 +145,14 @@ pub enum RunError {
     /// The control thread's own runtime.
     #[error("start the control thread: {0}")]
     Runtime(io::Error),
+    /// The application API of takeover.
+    #[error("listen on takeover.api {addr}: {source} (`ss -ltnp` shows who is there)")]
+    TakeoverApi {
+        /// Where.
+        addr: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A worker failed while it ran.
     #[error("a worker stopped: {0}")]
     Stopped(WorkerError),
@@ -198,10 +209,13 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
     let prepared = start::prepare(&config)?;
+    let own_ports = capturing::own_ports(&config, &config.workloads);
+    let api = takeover::Bound::open(&config, own_ports)?;
     let running = Arc::new(start::start(&config, &prepared)?);
     admin.serve(&running);
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
+    let taking_over = api.map(|api| api.serve(&running.services, mark));
     // Last of all: what is taken now must be served.
     let capturing = running.captures.then(|| Capturing::install(prepared, &running));
     let mut capturing = capturing.transpose()?;
@@ -219,7 +233,8 @@ async fn serve(config: Config) -> Result<(), RunError> {
     );
     // systemd may not be there; then there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let interrupted = running.until_over(&mut signals, capturing.as_mut()).await;
+    let interrupted =
+        running.until_over(&mut signals, capturing.as_mut(), taking_over.as_ref()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     checks.abort();
     drop(capturing);
@@ -244,6 +259,7 @@ impl Running {
         &self,
         signals: &mut Signals,
         mut capturing: Option<&mut Capturing>,
+        taking_over: Option<&TakingOver>,
     ) -> bool {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut told = false;
@@ -261,6 +277,8 @@ impl Running {
                 },
                 () = self.bell.notified(), if !told => {
                     told = true;
+                    // Before the listeners close, so that nobody is sent to a closed one.
+                    taking_over.inspect(|taking_over| taking_over.withdraw());
                     self.stop_taking(capturing.as_deref_mut()).await;
                     self.drain(self.profile.timeouts.drain);
                 }

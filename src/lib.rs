@@ -37,4 +37,6 @@ pub mod control;
 #[cfg(feature = "control")]
 pub mod log;
 #[cfg(feature = "control")]
+pub mod takeover;
+#[cfg(feature = "control")]
 pub mod tune;

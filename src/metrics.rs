@@ -43,24 +43,30 @@ pub enum Origin {
     Forward,
     /// Inbound, nft REDIRECT.
     InboundRedirect,
+    /// Inbound, from the service registry.
+    InboundTakeover,
     /// Inbound, nft TPROXY.
     InboundTproxy,
     /// Outbound, eBPF hook on `connect()`.
     OutboundConnect,
     /// Outbound, nft REDIRECT.
     OutboundRedirect,
+    /// Outbound, from the service registry.
+    OutboundTakeover,
     /// Outbound, nft TPROXY over loopback.
     OutboundTproxy,
 }
 
 impl Origin {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Origin; 6] = [
+    pub const ALL: [Origin; 8] = [
         Origin::Forward,
         Origin::InboundRedirect,
+        Origin::InboundTakeover,
         Origin::InboundTproxy,
         Origin::OutboundConnect,
         Origin::OutboundRedirect,
+        Origin::OutboundTakeover,
         Origin::OutboundTproxy,
     ];
 
@@ -69,7 +75,7 @@ impl Origin {
     pub const fn direction(self) -> &'static str {
         match self {
             Origin::Forward => "forward",
-            Origin::InboundRedirect | Origin::InboundTproxy => "inbound",
+            Origin::InboundRedirect | Origin::InboundTakeover | Origin::InboundTproxy => "inbound",
             _ => "outbound",
         }
     }
@@ -82,6 +88,7 @@ impl Origin {
             Origin::InboundRedirect | Origin::OutboundRedirect => "redirect",
             Origin::InboundTproxy | Origin::OutboundTproxy => "tproxy",
             Origin::OutboundConnect => "connect",
+            Origin::InboundTakeover | Origin::OutboundTakeover => "takeover",
         }
     }
 }
@@ -96,6 +103,8 @@ pub enum Denied {
     Namespace,
     /// The service has no endpoint that may be dialled.
     NoEndpoint,
+    /// The client did not say in time what it wants.
+    NoRequest,
     /// The destination is one of our own ports: it would loop.
     OwnPort,
     /// Too many flows from one address.
@@ -104,18 +113,22 @@ pub enum Denied {
     SourcePorts,
     /// Nobody recorded where it meant to go.
     UnknownDestination,
+    /// What the client said names no service that is known here.
+    UnknownService,
 }
 
 impl Denied {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Denied; 7] = [
+    pub const ALL: [Denied; 9] = [
         Denied::Direct,
         Denied::Namespace,
         Denied::NoEndpoint,
+        Denied::NoRequest,
         Denied::OwnPort,
         Denied::SourceLimit,
         Denied::SourcePorts,
         Denied::UnknownDestination,
+        Denied::UnknownService,
     ];
 
     /// The label value.
@@ -125,10 +138,12 @@ impl Denied {
             Denied::Direct => "direct",
             Denied::Namespace => "namespace",
             Denied::NoEndpoint => "no_endpoint",
+            Denied::NoRequest => "no_request",
             Denied::OwnPort => "own_port",
             Denied::SourceLimit => "source_limit",
             Denied::SourcePorts => "source_ports",
             Denied::UnknownDestination => "unknown_destination",
+            Denied::UnknownService => "unknown_service",
         }
     }
 }

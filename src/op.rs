@@ -340,6 +340,8 @@ pub enum Kind {
     SpliceDownstream = 15,
     /// A step of the pipe filled from upstream.
     SpliceUpstream = 16,
+    /// A connection that is no flow yet may be looked at; `flow` is its slot.
+    Peek = 17,
 }
 
 impl Kind {
@@ -395,6 +397,7 @@ impl Kind {
             14 => Kind::AwaitUpstream,
             15 => Kind::SpliceDownstream,
             16 => Kind::SpliceUpstream,
+            17 => Kind::Peek,
             _ => return None,
         })
     }

@@ -261,6 +261,12 @@ impl Ring {
         self.push(poll.build().user_data(token.raw()));
     }
 
+    /// Makes one event with `token` when there is something to read, or nothing will come any more.
+    pub fn poll_once(&mut self, token: Token, fd: BorrowedFd<'_>) {
+        let poll = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), POLLIN);
+        self.push(poll.build().user_data(token.raw()));
+    }
+
     /// Gives a buffer back to its pool; the kernel sees it in the next turn.
     pub fn recycle(&mut self, buffer: BufferId) {
         if self.small.owns(buffer) {

@@ -102,7 +102,11 @@ impl Manner {
 
 /// A service, for as long as the directory knows its name.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct ServiceId(u32);
+pub struct ServiceId {
+    /// Which life of the index: who still holds the id of a service that went finds nobody.
+    generation: u32,
+    index: u32,
+}
 
 /// An endpoint of one service, for as long as it stays in it. Other services may have the same
 /// address: they have other ids for it.

@@ -32,15 +32,18 @@ use crate::sys::{process, socket};
 use accept::Listening;
 use breaker::Breaker;
 use mailbox::{Letter, Mailbox};
+use peek::Peeking;
 use slab::Slab;
 use trial::Trial;
 use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
 
 mod accept;
+mod attribution;
 mod breaker;
 mod destination;
 mod mailbox;
+mod peek;
 mod places;
 mod proxy_header;
 mod slab;
@@ -120,6 +123,8 @@ pub struct Place {
 /// Where a listener's connections go.
 #[derive(Debug)]
 pub enum Route {
+    /// To an endpoint of the service that its first request names.
+    Named,
     /// To where the connect hook recorded that the connection meant to go.
     Recorded(Arc<Records>),
     /// To an endpoint of this service.
@@ -128,6 +133,8 @@ pub enum Route {
         balance: Balance,
         /// Which.
         id: ServiceId,
+        /// `Forward`, or one of takeover's.
+        origin: Origin,
     },
     /// To the accepted socket's own address (`getsockname`), as under tproxy.
     Socket {
@@ -369,6 +376,7 @@ impl Worker {
             drain_until: None,
             inside: setup.home.number,
             mailbox,
+            peeking: Peeking::new(if listening.has_named() { flows_max } else { 0 }),
             ring,
             rules: Rules::new(&profile, can_splice),
             segments: Segments::new(

@@ -31,7 +31,7 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
     let mut services = Directory::default();
     let (balance, endpoints) = (Balance::LeastFlows, vec![Endpoint::new(upstream)]);
     let id = services.set("test", Manner::of(balance), endpoints, Instant::now());
-    let route = Route::Service { balance, id };
+    let route = Route::Service { balance, id, origin: weir::metrics::Origin::Forward };
     let handle = worker::spawn(Setup {
         cpu: None,
         home: Arc::default(),

@@ -143,7 +143,7 @@ fn links_of_the_docs_lead_somewhere() {
 }
 
 /// Who may use whom; leaves are allowed to everybody above them.
-const LAYERS: [(&str, &[&str]); 18] = [
+const LAYERS: [(&str, &[&str]); 19] = [
     ("addr", &[]),
     ("bpf", &["op", "sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
@@ -153,7 +153,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
         "control",
         &[
             "worker", "capture", "config", "profile", "sys", "metrics", "op", "ring", "service",
-            "addr",
+            "takeover", "addr",
         ],
     ),
     ("flow", &["op", "profile"]),
@@ -169,9 +169,10 @@ const LAYERS: [(&str, &[&str]); 18] = [
         "worker",
         &[
             "flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys",
-            "service",
+            "service", "wire",
         ],
     ),
+    ("takeover", &["wire", "service", "addr", "config"]),
     ("wire", &[]),
     ("yaml", &[]),
 ];

@@ -23,6 +23,7 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
         on_exit: OnExit::Open,
         workloads: Vec::new(),
         profile,
+        takeover: None,
         workers: arguments.workers.map_or(Workers::Auto, Workers::Count),
     };
     log::start();

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::claims::{ADDRESS, Claim, overlaps};
-use super::{Admin, Config, Forward, OnChange, OnExit, Workers, service, workloads};
+use super::{Admin, Config, Forward, OnChange, OnExit, Workers, service, takeover, workloads};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
 
@@ -45,6 +45,7 @@ impl Config {
 
 fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Config {
     let mut claims = Vec::new();
+    let takeover = section.take("takeover");
     let config = Config {
         profile: profile(section, directory, mistakes),
         workers: workers(section, mistakes),
@@ -52,19 +53,30 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
         on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
         workloads: workloads::all(section, &mut claims, mistakes),
         forward: forwards(section, &mut claims, mistakes),
+        takeover: takeover.map(|node| takeover::takeover(node, directory, &mut claims, mistakes)),
         admin: admin(section.section("admin", mistakes), &mut claims, mistakes),
     };
-    if let Some(node) = section.take("takeover") {
-        mistakes.add(node.place, "takeover", "is not in this version");
-    }
     let captures = !config.workloads.is_empty();
-    if !captures && config.forward.is_empty() && mistakes.is_empty() {
-        let text = "asks for nothing: give it `inbound:`, `outbound:`, or a list `forward:` or \
-                    `workloads:`";
+    let takes_over = config.takeover.is_some();
+    if !captures && !takes_over && config.forward.is_empty() && mistakes.is_empty() {
+        let text = "asks for nothing: give it `inbound:`, `outbound:`, `takeover:`, or a list \
+                    `forward:` or `workloads:`";
         mistakes.add(section.place(), "", text);
     }
+    names_apart(&config, section, mistakes);
     overlaps(&claims, mistakes);
     config
+}
+
+/// Plain listeners and services of takeover share one table.
+fn names_apart(config: &Config, section: &Section, mistakes: &mut Mistakes) {
+    let wanted = config.takeover.iter().flat_map(|takeover| &takeover.services);
+    for name in wanted.map(|wanted| &wanted.name) {
+        if config.forward.iter().any(|forward| forward.name == *name) {
+            let text = format!("the name {name} is taken by a plain listener");
+            mistakes.add(section.place(), "takeover.services", text);
+        }
+    }
 }
 
 fn profile(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Profile {

@@ -24,6 +24,7 @@ fn what_is_not_said_has_a_default() {
         on_change: OnChange::Repair,
         on_exit: OnExit::Open,
         profile: Profile::default(),
+        takeover: None,
         workers: Workers::Auto,
         workloads: Vec::new(),
     };
@@ -76,7 +77,7 @@ fn endpoint_may_carry_weight_and_zone() {
 
 #[test]
 fn nothing_asked_is_refused_and_so_is_what_is_no_yaml() {
-    let nothing = "weir.yaml:1:1: asks for nothing: give it `inbound:`, `outbound:`, or a list \
+    let nothing = "weir.yaml:1:1: asks for nothing: give it `inbound:`, `outbound:`, `takeover:`, or a list \
                    `forward:` or `workloads:`";
     assert_eq!(mistakes("# only a comment\n"), [nothing]);
     assert_eq!(mistakes(""), [nothing]);

@@ -22,6 +22,7 @@ use super::services::{endpoint_views, service_views};
 use super::view::{EndpointView, FlowView, Status};
 use super::{RunError, Running, exposition};
 use crate::config::Admin;
+use crate::service::Table;
 
 /// What was asked for, open and not served yet: whoever asks waits. First of all at a start, so
 /// that a second weir stops before it has done anything. Dropping it takes the file away.
@@ -181,16 +182,18 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
 }
 
 async fn endpoints(State(running): State<Arc<Running>>) -> impl IntoResponse {
-    let endpoints = endpoint_list(&running).await.ok_or(SILENT)?;
+    let (_, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
     Ok::<_, Refusal>(axum::Json(endpoints))
 }
 
 async fn services(State(running): State<Arc<Running>>) -> impl IntoResponse {
-    let endpoints = endpoint_list(&running).await.ok_or(SILENT)?;
-    Ok::<_, Refusal>(axum::Json(service_views(&running.services.table(), &endpoints)))
+    let (table, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
+    Ok::<_, Refusal>(axum::Json(service_views(&table, &endpoints)))
 }
 
-async fn endpoint_list(running: &Running) -> Option<Vec<EndpointView>> {
+/// The endpoints of the table that the workers go by, and that table.
+async fn endpoint_list(running: &Running) -> Option<(Arc<Table>, Vec<EndpointView>)> {
+    let table = running.services.tell(&running.workers);
     let mut tallies = Vec::with_capacity(running.workers.len());
     for worker in &running.workers {
         match list(worker.endpoints()).await {
@@ -199,7 +202,8 @@ async fn endpoint_list(running: &Running) -> Option<Vec<EndpointView>> {
             None => return None,
         }
     }
-    Some(endpoint_views(&running.services.table(), &tallies))
+    let views = endpoint_views(&table, &tallies);
+    Some((table, views))
 }
 
 async fn flows(State(running): State<Arc<Running>>) -> impl IntoResponse {

@@ -63,8 +63,12 @@ pub(super) fn plan(captured: &[Captured], config: &Config) -> Option<Plan> {
 
 /// Every port that weir listens on where it was started, if this is captured there.
 pub(super) fn own_ports(config: &Config, captured: &[Captured]) -> Vec<u16> {
+    let takeover = config.takeover.iter().flat_map(|takeover| {
+        let own = takeover.services.iter().filter_map(|wanted| wanted.listen);
+        own.chain([takeover.api, takeover.inbound, takeover.outbound])
+    });
     let others = config.forward.iter().map(|forward| forward.listen).chain(config.admin.http);
-    let others = others.map(|addr| addr.port()).filter(|port| *port > 0);
+    let others = others.chain(takeover).map(|addr| addr.port()).filter(|port| *port > 0);
     listen_ports(captured).into_iter().chain(others).collect()
 }
 

@@ -97,7 +97,8 @@ impl Record {
     }
 }
 
-async fn answers(addr: SocketAddr, within: Duration, mark: Option<u32>) -> bool {
+/// Whether a connection is accepted there in time.
+pub(super) async fn answers(addr: SocketAddr, within: Duration, mark: Option<u32>) -> bool {
     let connected = tokio::time::timeout(within, connect(addr, mark)).await;
     matches!(connected, Ok(Ok(_)))
 }

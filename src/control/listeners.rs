@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::RunError;
 use super::places::Place;
+use super::routes::Plain;
 use crate::capture::{OWN_MARK, Prepared, Records};
 use crate::config::{
-    Captured, Config, Forward, Inbound, Outbound, OutboundCapture, ProxyProtocol, SourceAddress,
+    Captured, Config, Inbound, Outbound, OutboundCapture, ProxyProtocol, SourceAddress,
 };
 use crate::metrics::Origin;
 use crate::profile::Profile;
-use crate::service::ServiceId;
 use crate::sys::netns;
 use crate::sys::socket::{ListenError, ListenOptions, listen};
 use crate::worker::{self, Listener, Route, Source};
@@ -24,7 +24,7 @@ use crate::worker::{self, Listener, Route, Source};
 pub(super) fn open(
     config: &Config,
     prepared: &[(Place, Option<Prepared>)],
-    services: &[ServiceId],
+    routes: &[Plain<'_>],
     workers: usize,
 ) -> Result<Vec<Vec<Listener>>, RunError> {
     let Profile { limits, sockets, .. } = &config.profile;
@@ -37,10 +37,9 @@ pub(super) fn open(
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     for (index, (place, prepared)) in prepared.iter().enumerate() {
         let is_home = index == 0;
-        let forwards = if is_home { config.forward.as_slice() } else { &[] };
-        let forwards = forwards.iter().zip(services.iter().copied()).collect();
+        let routes = if is_home { routes } else { &[] };
         let records = prepared.as_ref().map(Prepared::records).unwrap_or_default();
-        let opening = Opening { forwards, options, place, records: &records };
+        let opening = Opening { options, place, records: &records, routes };
         place.within(|| opening.open(&mut all))??;
     }
     Ok(all)
@@ -48,20 +47,21 @@ pub(super) fn open(
 
 /// What is opened in one place.
 struct Opening<'a> {
-    /// Each with its service.
-    forwards: Vec<(&'a Forward, ServiceId)>,
     options: ListenOptions,
     place: &'a Place,
     /// Of the connect hooks there, in the order of the plan.
     records: &'a [Arc<Records>],
+    /// Of listeners that need no capture.
+    routes: &'a [Plain<'a>],
 }
 
 impl Opening<'_> {
     fn open(&self, all: &mut [Vec<Listener>]) -> Result<(), ListenError> {
         self.probe_ports()?;
         for worker in all {
-            for (forward, id) in &self.forwards {
-                worker.push(self.forward(forward, *id)?);
+            for plain in self.routes {
+                let fd = listen_patiently(plain.listen, &self.options)?;
+                worker.push(self.listener(fd, plain.name, "", plain.route()));
             }
             let mut records = self.records.iter();
             for captured in &self.place.captured {
@@ -81,7 +81,7 @@ impl Opening<'_> {
     /// Sockets that share a port would share it with another weir too: each must be free first.
     fn probe_ports(&self) -> Result<(), ListenError> {
         let options = ListenOptions { shared: false, ..self.options };
-        let forward = self.forwards.iter().map(|(forward, _)| forward.listen);
+        let forward = self.routes.iter().map(|plain| plain.listen);
         let captured = &self.place.captured;
         let inbound = captured.iter().filter_map(|captured| captured.inbound.as_ref());
         let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
@@ -89,12 +89,6 @@ impl Opening<'_> {
             .flat_map(|outbound| loopbacks().map(|ip| SocketAddr::new(ip, outbound.listen.port())));
         let mut all = forward.chain(inbound.map(|inbound| inbound.listen)).chain(outbound);
         all.try_for_each(|addr| listen_patiently(addr, &options).map(drop))
-    }
-
-    fn forward(&self, forward: &Forward, id: ServiceId) -> Result<Listener, ListenError> {
-        let fd = listen_patiently(forward.listen, &self.options)?;
-        let route = Route::Service { balance: forward.manner.balance, id };
-        Ok(self.listener(fd, &forward.name, "", route))
     }
 
     fn inbound(&self, captured: &Captured, inbound: &Inbound) -> Result<Listener, ListenError> {

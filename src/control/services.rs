@@ -59,8 +59,8 @@ impl Services {
         })
     }
 
-    /// Tells every worker what it does not know yet.
-    pub(super) fn tell(&self, workers: &[Handle]) {
+    /// Tells every worker what it does not know yet, and says what they go by from now on.
+    pub(super) fn tell(&self, workers: &[Handle]) -> Arc<Table> {
         self.with(|book| {
             let table = book.latest();
             for (worker, told) in workers.iter().zip(&mut book.told) {
@@ -69,7 +69,8 @@ impl Services {
                     *told = Arc::clone(&table);
                 }
             }
-        });
+            table
+        })
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Book) -> T) -> T {

@@ -10,8 +10,9 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Captured, Config, Destinations, Forward, Inbound, InboundCapture, Namespace, OnChange, OnExit,
-    Outbound, OutboundCapture, ProxyProtocol, SourceAddress, Workers, Workload,
+    Captured, Config, Destinations, Forward, Inbound, InboundCapture, Named, Namespace, OnChange,
+    OnExit, Outbound, OutboundCapture, ProxyProtocol, Registry, RegistryKind, SourceAddress,
+    Takeover, Wanted, Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -41,6 +42,9 @@ pub fn config(config: &Config) -> Value {
     }
     if !config.forward.is_empty() {
         shown["forward"] = config.forward.iter().map(forward).collect();
+    }
+    if let Some(found) = &config.takeover {
+        shown["takeover"] = takeover(found);
     }
     shown["admin"] = json!({});
     if let Some(socket) = &config.admin.socket {
@@ -151,6 +155,41 @@ fn forward(forward: &Forward) -> Value {
     shown
 }
 
+fn takeover(takeover: &Takeover) -> Value {
+    let mut shown = json!({
+        "api": takeover.api.to_string(),
+        "inbound": takeover.inbound.to_string(),
+        "outbound": takeover.outbound.to_string(),
+        "app_port": takeover.app_port,
+    });
+    if let Some(advertise) = takeover.advertise {
+        shown["advertise"] = advertise.to_string().into();
+    }
+    manner(&takeover.manner, &mut shown);
+    let registry = |registry: &Registry| match &registry.kind {
+        RegistryKind::File(path) => {
+            json!({ "name": registry.name, "kind": "file", "path": path.display().to_string() })
+        }
+        RegistryKind::Static(services) => {
+            let services: Vec<Value> = services.iter().map(named).collect();
+            json!({ "name": registry.name, "kind": "static", "services": services })
+        }
+    };
+    shown["registries"] = takeover.registries.iter().map(registry).collect();
+    let wanted = |wanted: &Wanted| {
+        let listen = wanted.listen.map(|listen| ("listen", listen.to_string()));
+        let pairs = [("name", wanted.name.clone())].into_iter().chain(listen);
+        pairs.map(|(key, value)| (key.to_owned(), Value::from(value))).collect::<Value>()
+    };
+    shown["services"] = takeover.services.iter().map(wanted).collect();
+    shown
+}
+
+fn named(named: &Named) -> Value {
+    let endpoints: Vec<Value> = named.endpoints.iter().map(endpoint).collect();
+    json!({ "name": named.name, "parameters": named.parameters, "endpoints": endpoints })
+}
+
 /// Just the address where there is nothing else to say.
 fn endpoint(endpoint: &Endpoint) -> Value {
     let Endpoint { addr, weight, zone, .. } = endpoint;
@@ -244,6 +283,20 @@ forward:
     zone: a
     check_interval_ms: 500
     slow_start_ms: 2000
+takeover:
+  api: "127.0.0.1:23330"
+  inbound: "0.0.0.0:22201"
+  outbound: "127.0.0.1:22220"
+  advertise: 10.0.0.7
+  app_port: 20880
+  balance: least_flows
+  zone: a
+  check_interval_ms: 500
+  slow_start_ms: 2000
+  registries:
+    - { name: main, kind: static, services: [{ name: "a:1", parameters: "v=1", endpoints: ["10.0.0.1:2", { addr: "10.0.0.2:2", weight: 1, zone: b }] }] }
+    - { name: lab, kind: file, path: /tmp/services.yaml }
+  services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1" }]
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;
 

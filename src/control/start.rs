@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::places::Place;
 use super::services::Services;
-use super::{RunError, Running, capturing, descriptors, listeners, shown};
+use super::{RunError, Running, capturing, descriptors, listeners, routes, shown, takeover};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, STEER_MARK, SourcePorts};
 use crate::config::{Config, SourceAddress, Workers};
 use crate::profile::RelayMode;
@@ -43,7 +43,9 @@ pub(super) fn start(
     let share = descriptors::share(config, cpus.len())?;
     let services = Arc::new(Services::default());
     let plain = services.enter(&config.forward);
-    let mut sockets = listeners::open(config, prepared, &plain, cpus.len())?;
+    let entered = config.takeover.as_ref().map(|takeover| takeover::enter(takeover, &services));
+    let routes = routes::all(config, &plain, entered.as_ref());
+    let mut sockets = listeners::open(config, prepared, &routes, cpus.len())?;
     let profile = Arc::new(config.profile.clone());
     let port_counts = PortCounts::new();
     let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);

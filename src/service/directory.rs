@@ -43,7 +43,7 @@ impl Directory {
         now: Instant,
     ) -> ServiceId {
         let id = self.names.get(name).copied().unwrap_or_else(|| self.enter(name));
-        let before = self.services.get_mut(id.0 as usize).and_then(Option::take);
+        let before = self.services.get_mut(id.index as usize).and_then(Option::take);
         let mut old: HashMap<SocketAddr, EndpointId> = before
             .iter()
             .flat_map(|service| service.members())
@@ -58,18 +58,19 @@ impl Directory {
         }
         self.free_slots.extend(old.into_values().map(|id| id.slot));
         let name = before.map_or_else(|| name.into(), |service| Arc::clone(&service.name));
-        self.services[id.0 as usize] = Some(Arc::new(Service::new(name, manner, members)));
+        self.services[id.index as usize] = Some(Arc::new(Service::new(id, name, manner, members)));
         self.revision += 1;
         id
     }
 
-    /// Forgets a service. Its id may be given to another one: nobody may still hold it.
+    /// Forgets a service. Who still holds its id finds nobody under it.
     pub fn remove(&mut self, name: &str) {
         let Some(id) = Arc::make_mut(&mut self.names).remove(name) else { return };
-        if let Some(service) = self.services.get_mut(id.0 as usize).and_then(Option::take) {
+        if let Some(service) = self.services.get_mut(id.index as usize).and_then(Option::take) {
             self.free_slots.extend(service.members().iter().map(|member| member.id.slot));
         }
-        self.free_services.push(id);
+        let generation = id.generation.wrapping_add(1);
+        self.free_services.push(ServiceId { generation, ..id });
         self.revision += 1;
     }
 
@@ -88,7 +89,8 @@ impl Directory {
             {
                 continue;
             }
-            let (name, manner) = (Arc::clone(&service.name), service.manner.clone());
+            let (id, name, manner) =
+                (service.id, Arc::clone(&service.name), service.manner.clone());
             let mut members = service.members().to_vec();
             for member in members.iter_mut().filter(|member| is_concerned(member)) {
                 member.is_healthy = is_healthy;
@@ -97,7 +99,7 @@ impl Directory {
                     self.slots[member.id.slot as usize].joined = Some(now);
                 }
             }
-            self.services[index] = Some(Arc::new(Service::new(name, manner, members)));
+            self.services[index] = Some(Arc::new(Service::new(id, name, manner, members)));
         }
         self.revision += 1;
         true
@@ -123,7 +125,8 @@ impl Directory {
     fn enter(&mut self, name: &str) -> ServiceId {
         let id = self.free_services.pop().unwrap_or_else(|| {
             self.services.push(None);
-            ServiceId(u32::try_from(self.services.len() - 1).unwrap_or(u32::MAX))
+            let index = u32::try_from(self.services.len() - 1).unwrap_or(u32::MAX);
+            ServiceId { generation: 0, index }
         });
         Arc::make_mut(&mut self.names).insert(name.into(), id);
         id

@@ -147,7 +147,7 @@ impl Picker {
     pub fn pick(&mut self, service: ServiceId, key: u64, now: Instant) -> Option<Pick> {
         let Picker { positions, random, standings, table, .. } = self;
         let service_of = table.service(service)?;
-        let position = positions.get_mut(service.0 as usize)?;
+        let position = positions.get_mut(service.index as usize)?;
         let mut choice = Choice { key, now, position, random, service: service_of, standings };
         let tier = choice.tier();
         let in_use = choice

@@ -27,7 +27,7 @@ impl Table {
     /// A service by its id.
     #[must_use]
     pub fn service(&self, id: ServiceId) -> Option<&Service> {
-        self.services.get(id.0 as usize)?.as_deref()
+        self.services.get(id.index as usize)?.as_deref().filter(|service| service.id == id)
     }
 
     /// Every service, in the order of the ids.
@@ -39,6 +39,8 @@ impl Table {
 /// A named set of endpoints.
 #[derive(Debug)]
 pub struct Service {
+    /// Its own.
+    pub id: ServiceId,
     /// Those of the preferred zone first.
     members: Box<[Member]>,
     /// What it goes by.
@@ -72,7 +74,12 @@ pub(super) struct Tier<'a> {
 }
 
 impl Service {
-    pub(super) fn new(name: Arc<str>, manner: Manner, mut members: Vec<Member>) -> Service {
+    pub(super) fn new(
+        id: ServiceId,
+        name: Arc<str>,
+        manner: Manner,
+        mut members: Vec<Member>,
+    ) -> Service {
         members.truncate(MEMBERS_MAX);
         let is_near =
             |member: &Member| !manner.zone.is_empty() && member.endpoint.zone == manner.zone;
@@ -80,7 +87,7 @@ impl Service {
         let near = members.iter().take_while(|member| is_near(member)).count();
         let orders =
             [&members[..near], &members[..]].map(|members| order_of(manner.balance, members));
-        Service { members: members.into_boxed_slice(), manner, name, near, orders }
+        Service { id, members: members.into_boxed_slice(), manner, name, near, orders }
     }
 
     /// Its endpoints, those of the preferred zone first.

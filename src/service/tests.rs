@@ -260,5 +260,10 @@ fn service_that_was_removed_is_gone_and_one_address_counts_once() {
     bench.directory.remove(NAME);
     bench.swap();
     assert_eq!(bench.last.find(NAME), None);
+    // Its place is another one's now, which who holds the old id does not reach.
+    let other =
+        bench.directory.set("other", Manner::of(Balance::RoundRobin), endpoints(&[1]), bench.now);
+    bench.swap();
+    assert_eq!((other.index, bench.last.service(bench.id).is_none()), (bench.id.index, true));
     assert_eq!(bench.pick_for(0), None);
 }

@@ -119,6 +119,28 @@ pub fn accepted(number: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
+/// Reads what has come and leaves it where it is; never waits (`MSG_PEEK`, recv(2)).
+///
+/// # Errors
+///
+/// `WouldBlock`: nothing has come. Others: the connection broke.
+pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    use nix::sys::socket::{MsgFlags, recv};
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    Ok(recv(fd.as_raw_fd(), buffer, flags)?)
+}
+
+/// Lets the socket be readable only once so many bytes have come (`SO_RCVLOWAT`); the kernel makes
+/// room for them (`tcp_set_rcvlowat` in net/ipv4/tcp.c).
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn set_low_water(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &bytes.to_ne_bytes())
+}
+
 /// The address the socket is connected to, canonical (getpeername(2)).
 ///
 /// # Errors

@@ -220,7 +220,7 @@ impl Worker {
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
     fn serve_slot(&mut self, slot: FlowId, listener: u16) {
-        let Destination { endpoint, upstream, .. } = match self.service_of(listener, 0) {
+        let Destination { endpoint, service, upstream, .. } = match self.service_of(listener, 0) {
             Ok(destination) => destination,
             Err(denied) => {
                 self.count_denied(denied);
@@ -233,6 +233,7 @@ impl Worker {
             endpoint,
             listener,
             original_dst: None,
+            service,
             source: None,
             upstream,
         };
@@ -257,6 +258,9 @@ impl Worker {
         if !self.listening.sources.enter(downstream.addr().ip()) {
             return self.deny(Denied::SourceLimit, &fd);
         }
+        if self.listening.is_named(listener) {
+            return self.wait_for_request(listener, downstream, fd);
+        }
         let entered = self.enter(listener);
         let destination = entered.and_then(|()| self.destination(listener, downstream, fd.as_fd()));
         let destination = match destination {
@@ -267,12 +271,25 @@ impl Worker {
             }
         };
         let Some(slot) = self.slab.reserve() else { return };
+        self.begin(slot, fd, listener, downstream, destination);
+    }
+
+    /// A connection whose destination is known becomes a flow.
+    pub(super) fn begin(
+        &mut self,
+        slot: FlowId,
+        fd: OwnedFd,
+        listener: u16,
+        downstream: Downstream,
+        destination: Destination,
+    ) {
         self.began(listener);
         self.ring.adopt(slot, fd);
-        let Destination { endpoint, original_dst, source, upstream } = destination;
+        let Destination { endpoint, original_dst, service, source, upstream } = destination;
         let lead = original_dst.and_then(|dst| self.header(listener, downstream, dst));
         let downstream = Some(downstream.addr());
-        let peers = Peers { downstream, endpoint, listener, original_dst, source, upstream };
+        let peers =
+            Peers { downstream, endpoint, listener, original_dst, service, source, upstream };
         self.open(slot, peers, lead);
     }
 
@@ -301,7 +318,7 @@ impl Worker {
         }
     }
 
-    fn deny(&mut self, why: Denied, fd: &OwnedFd) {
+    pub(super) fn deny(&mut self, why: Denied, fd: &OwnedFd) {
         self.count_denied(why);
         // Closing `fd` after this sends RST. If even that fails, closing it sends FIN.
         let _ = socket::set_reset_on_close(fd.as_fd());
@@ -378,6 +395,22 @@ impl Listening {
         self.states.get(usize::from(listener)).map_or(Origin::Forward, |state| state.origin)
     }
 
+    /// A client that was counted has gone before it was a flow.
+    pub(super) fn sources_leave(&mut self, downstream: Downstream) {
+        self.sources.leave(downstream.addr().ip());
+    }
+
+    /// Its connections say first where they go.
+    fn is_named(&self, listener: u16) -> bool {
+        let state = self.states.get(usize::from(listener));
+        state.is_some_and(|state| matches!(state.route, Route::Named))
+    }
+
+    /// Some listener's connections say first where they go.
+    pub(super) fn has_named(&self) -> bool {
+        self.states.iter().any(|state| matches!(state.route, Route::Named))
+    }
+
     /// Nothing will be accepted any more, and nothing that was accepted waits.
     pub(super) fn is_over(&self) -> bool {
         self.parked.is_empty() && self.states.iter().all(|state| state.accept == Accept::Over)
@@ -404,8 +437,8 @@ impl State {
         let Listener { fd, place, proxy_protocol, route, workload, .. } = listener;
         let origin = match &route {
             Route::Recorded(_) => Origin::OutboundConnect,
-            Route::Service { .. } => Origin::Forward,
-            Route::Socket { origin, .. } => *origin,
+            Route::Named => Origin::OutboundTakeover,
+            Route::Service { origin, .. } | Route::Socket { origin, .. } => *origin,
         };
         let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());
         State {

@@ -14,13 +14,14 @@ use super::{Route, Source};
 use crate::addr::{Downstream, OriginalDst};
 use crate::metrics::Denied;
 use crate::op::{CloseReason, Completion, Errno, FlowId, Kind, Side, Timer, Token};
-use crate::service::{EndpointId, Pick, key_of};
+use crate::service::{EndpointId, Pick, ServiceId, key_of};
 use crate::sys::socket;
 
 /// Where an accepted connection goes.
 pub(super) struct Destination {
     pub(super) endpoint: EndpointId,
     pub(super) original_dst: Option<SocketAddr>,
+    pub(super) service: Option<ServiceId>,
     pub(super) source: Option<SocketAddr>,
     pub(super) upstream: SocketAddr,
 }
@@ -40,6 +41,8 @@ impl Worker {
             Route::Service { .. } => {
                 return self.service_of(listener, key_of(downstream.addr().ip()));
             }
+            // Who asks for this one has not read its first request.
+            Route::Named => return Err(Denied::UnknownService),
             Route::Recorded(records) => (records.take(downstream), false),
             Route::Socket { source, .. } => {
                 (socket::local_name(fd).ok().map(OriginalDst::new), *source != Source::Own)
@@ -56,6 +59,7 @@ impl Worker {
         Ok(Destination {
             endpoint: EndpointId::NONE,
             original_dst: Some(dst),
+            service: None,
             source,
             upstream: dst,
         })
@@ -80,11 +84,17 @@ impl Worker {
         let Some(Route::Service { id, .. }) = state.map(|state| &state.route) else {
             return Err(Denied::UnknownDestination);
         };
-        let pick = self.services.pick(*id, key, self.clock.instant()).ok_or(Denied::NoEndpoint)?;
+        self.endpoint_of(*id, key)
+    }
+
+    /// The next endpoint of a service.
+    pub(super) fn endpoint_of(&mut self, id: ServiceId, key: u64) -> Result<Destination, Denied> {
+        let pick = self.services.pick(id, key, self.clock.instant()).ok_or(Denied::NoEndpoint)?;
         let Pick { addr, endpoint, .. } = pick;
         let tripped = self.refuse_tripped(Pair { from: None, to: addr });
         tripped.inspect_err(|_| self.services.ended(endpoint))?;
-        Ok(Destination { endpoint, original_dst: None, source: None, upstream: addr })
+        let service = Some(id);
+        Ok(Destination { endpoint, original_dst: None, service, source: None, upstream: addr })
     }
 
     fn refuse_tripped(&self, pair: Pair) -> Result<(), Denied> {
@@ -142,12 +152,10 @@ impl Worker {
         let Some(entry) = self.slab.entry(slot) else { return false };
         let (peers, may_redial) = (entry.peers, entry.may_redial());
         let is_local = matches!(CloseReason::of_connect(errno), CloseReason::LocalLimit);
-        let state = self.listening.states.get(usize::from(peers.listener));
-        let Some(Route::Service { id, .. }) = state.map(|state| &state.route) else { return false };
+        let Some(id) = peers.service else { return false };
         if is_local || errno.0 == libc::ECANCELED {
             return false;
         }
-        let id = *id;
         self.note_failure(slot);
         if !may_redial || self.enter(peers.listener).is_err() {
             return false;

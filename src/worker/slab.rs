@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 
 use crate::flow::Flow;
 use crate::op::{FlowId, Side, Timer};
-use crate::service::EndpointId;
+use crate::service::{EndpointId, ServiceId};
 
 /// Flows by slot.
 #[derive(Debug)]
@@ -43,6 +43,8 @@ pub(super) struct Peers {
     /// Index of the listener.
     pub(super) listener: u16,
     pub(super) original_dst: Option<SocketAddr>,
+    /// Whose endpoints may be tried.
+    pub(super) service: Option<ServiceId>,
     /// The address to dial from, if it is not ours.
     pub(super) source: Option<SocketAddr>,
     pub(super) upstream: SocketAddr,
@@ -70,6 +72,11 @@ impl Slab {
     /// A free slot of our choice; it must be claimed or given back.
     pub(super) fn reserve(&mut self) -> Option<FlowId> {
         self.free.pop().map(FlowId::new)
+    }
+
+    /// Takes back what was reserved and not claimed.
+    pub(super) fn give_back(&mut self, slot: FlowId) {
+        self.free.push(slot.slot());
     }
 
     pub(super) fn has_free(&self) -> bool {
@@ -180,6 +187,7 @@ mod tests {
             endpoint: EndpointId::NONE,
             listener: 0,
             original_dst: None,
+            service: None,
             source: None,
             upstream: SocketAddr::from(([127, 0, 0, 1], 1)),
         }

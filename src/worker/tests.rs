@@ -33,7 +33,7 @@ impl Forwarder {
         let mut services = Directory::default();
         let manner = Manner::of(Balance::RoundRobin);
         let id = services.set("test", manner, endpoints, Instant::now());
-        let route = Route::Service { balance: Balance::RoundRobin, id };
+        let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
         let handle = spawn(Setup {
             cpu: None,
             home: Arc::default(),

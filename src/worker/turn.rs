@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::accept::Listening;
 use super::breaker::Breaker;
 use super::mailbox::{Letter, Mailbox};
+use super::peek::Peeking;
 use super::slab::{Peers, Slab};
 use super::trial::Trial;
 use super::wheel::{Clock, Wheel};
@@ -37,6 +38,7 @@ pub(super) struct Worker {
     pub(super) inside: u32,
     pub(super) listening: Listening,
     pub(super) mailbox: Arc<Mailbox>,
+    pub(super) peeking: Peeking,
     pub(super) ring: Ring,
     pub(super) rules: Rules,
     pub(super) segments: Segments,
@@ -105,6 +107,7 @@ impl Worker {
         let flow = event.token.flow();
         match event.token.kind() {
             Some(Kind::Accept) => self.accepted(flow.index(), event),
+            Some(Kind::Peek) => self.heard(event),
             Some(Kind::Mailbox | Kind::Quiet) | None => {}
             Some(kind) => {
                 if self.slab.living(flow, event.token.generation()).is_none() {
@@ -275,6 +278,9 @@ impl Worker {
         let now = self.clock.now();
         while let Some(slot) = self.wheel.expired(now) {
             let slot = FlowId::new(slot);
+            if self.is_given_up(slot) {
+                continue;
+            }
             let Some(entry) = self.slab.entry(slot) else { continue };
             let Some(timer) = entry.times.timer else { continue };
             let Some(ticks) = self.ticks.of(timer) else { continue };
@@ -317,6 +323,7 @@ impl Worker {
     }
 
     fn expel_all(&mut self) {
+        self.give_up_waiting();
         for slot in (0..self.slab.slots()).map(FlowId::new) {
             if self.slab.entry(slot).is_some_and(|entry| entry.flow.is_some()) {
                 self.step(slot, Completion::Expelled(CloseReason::Drained));
@@ -325,7 +332,10 @@ impl Worker {
     }
 
     fn is_drained(&self) -> bool {
-        self.drain_until.is_some() && self.slab.occupied() == 0 && self.listening.is_over()
+        self.drain_until.is_some()
+            && self.slab.occupied() == 0
+            && self.peeking.is_empty()
+            && self.listening.is_over()
     }
 
     fn rows(&self) -> Vec<FlowRow> {
@@ -399,7 +409,7 @@ fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Compl
         }
         // Steps come by themselves, not as events.
         Kind::SpliceDownstream | Kind::SpliceUpstream => return None,
-        Kind::Accept | Kind::Mailbox | Kind::Quiet => return None,
+        Kind::Accept | Kind::Mailbox | Kind::Peek | Kind::Quiet => return None,
     })
 }
 

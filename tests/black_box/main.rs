@@ -21,5 +21,6 @@ mod ring;
 mod rules;
 mod services;
 mod splice;
+mod takeover;
 mod tune;
 mod workloads;

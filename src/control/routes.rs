@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The listeners that need no capture, and where their connections go.
+
+use std::net::SocketAddr;
+
+use super::takeover;
+use crate::config::{Config, Forward};
+use crate::metrics::Origin;
+use crate::service::{Balance, ServiceId};
+use crate::worker::Route;
+
+/// A listener that needs no capture.
+pub(super) struct Plain<'a> {
+    pub(super) listen: SocketAddr,
+    pub(super) name: &'a str,
+    /// `None`: the first request says it.
+    service: Option<(ServiceId, Balance)>,
+    origin: Origin,
+}
+
+impl Plain<'_> {
+    /// Where its connections go.
+    pub(super) fn route(&self) -> Route {
+        let origin = self.origin;
+        self.service.map_or(Route::Named, |(id, balance)| Route::Service { balance, id, origin })
+    }
+}
+
+/// Plain listeners, and those of takeover.
+pub(super) fn all<'a>(
+    config: &'a Config,
+    services: &[ServiceId],
+    entered: Option<&takeover::Entered>,
+) -> Vec<Plain<'a>> {
+    let plain = |(forward, id): (&'a Forward, &ServiceId)| Plain {
+        listen: forward.listen,
+        name: &forward.name,
+        service: Some((*id, forward.manner.balance)),
+        origin: Origin::Forward,
+    };
+    let mut routes: Vec<Plain<'_>> = config.forward.iter().zip(services).map(plain).collect();
+    let Some((takeover, entered)) = config.takeover.as_ref().zip(entered) else { return routes };
+    for (wanted, id) in takeover.services.iter().zip(&entered.wanted) {
+        let service = Some((*id, takeover.manner.balance));
+        let origin = Origin::OutboundTakeover;
+        routes.extend(wanted.listen.map(|listen| Plain {
+            listen,
+            name: &wanted.name,
+            service,
+            origin,
+        }));
+    }
+    routes.push(Plain {
+        listen: takeover.inbound,
+        name: takeover::APPLICATION,
+        service: Some((entered.inbound, Balance::RoundRobin)),
+        origin: Origin::InboundTakeover,
+    });
+    routes.push(Plain {
+        listen: takeover.outbound,
+        name: "takeover.outbound",
+        service: None,
+        origin: Origin::OutboundTakeover,
+    });
+    routes
+}

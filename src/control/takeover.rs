@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Takeover as the control thread runs it: serves the application API, carries what the desk has
+//! decided into the table of services, and looks whether the application accepts connections.
+
+#![expect(clippy::disallowed_types, reason = "no worker comes here, and nobody waits inside")]
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+
+use super::services::Services;
+use super::{RunError, checks};
+use crate::config::{Config, Takeover};
+use crate::service::{Balance, Endpoint, Manner, ServiceId};
+use crate::takeover::{Change, Desk, router};
+
+/// The application API, open and not served yet: whoever asks waits.
+pub(super) struct Bound {
+    config: Takeover,
+    listener: TcpListener,
+    own_ports: Vec<u16>,
+}
+
+/// Takeover while weir runs.
+#[derive(Clone, Debug)]
+pub(super) struct TakingOver {
+    desk: Arc<Mutex<Desk>>,
+    services: Arc<Services>,
+}
+
+/// The ids of what takeover's listeners lead to.
+#[derive(Debug)]
+pub(super) struct Entered {
+    /// Of the application.
+    pub(super) inbound: ServiceId,
+    /// Of the services wanted from the start, in their order.
+    pub(super) wanted: Vec<ServiceId>,
+}
+
+/// Writes into the directory what listeners need from the start.
+pub(super) fn enter(takeover: &Takeover, services: &Services) -> Entered {
+    let now = Instant::now();
+    services.change(|directory| {
+        let of = Manner::of(Balance::RoundRobin);
+        let inbound = directory.set(APPLICATION, of, Vec::new(), now);
+        let enter = |name: &String| directory.set(name, takeover.manner.clone(), Vec::new(), now);
+        let wanted = takeover.services.iter().map(|one| &one.name).map(enter).collect();
+        Entered { inbound, wanted }
+    })
+}
+
+impl Bound {
+    /// `None` if the config has no takeover.
+    pub(super) fn open(config: &Config, own_ports: Vec<u16>) -> Result<Option<Bound>, RunError> {
+        let Some(takeover) = &config.takeover else { return Ok(None) };
+        let listen = |addr: SocketAddr| -> io::Result<TcpListener> {
+            let listener = std::net::TcpListener::bind(addr)?;
+            listener.set_nonblocking(true)?;
+            TcpListener::from_std(listener)
+        };
+        let listener = listen(takeover.api)
+            .map_err(|source| RunError::TakeoverApi { addr: takeover.api, source })?;
+        Ok(Some(Bound { config: takeover.clone(), listener, own_ports }))
+    }
+
+    /// Works beside the caller, from now on.
+    pub(super) fn serve(self, services: &Arc<Services>, mark: Option<u32>) -> TakingOver {
+        let Bound { config, listener, own_ports } = self;
+        let manner = config.manner.clone();
+        let desk = Arc::new(Mutex::new(Desk::new(config, own_ports)));
+        let taking_over = TakingOver { desk: Arc::clone(&desk), services: Arc::clone(services) };
+        tokio::spawn(axum::serve(listener, router(desk)).into_future());
+        tokio::spawn(taking_over.clone().carry(manner));
+        tokio::spawn(taking_over.clone().watch(mark));
+        taking_over
+    }
+}
+
+impl TakingOver {
+    /// Nobody shall be sent here any more.
+    pub(super) fn withdraw(&self) {
+        self.lock().withdraw();
+    }
+
+    async fn carry(self, manner: Manner) {
+        let mut tick = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tick.tick().await;
+            let changes = self.lock().changes();
+            let now = Instant::now();
+            for change in changes {
+                self.services.change(|directory| match change {
+                    Change::Application(addr) => {
+                        let of = Manner::of(Balance::RoundRobin);
+                        directory.set(APPLICATION, of, vec![Endpoint::new(addr)], now);
+                    }
+                    Change::Gone(name) => directory.remove(&name),
+                    Change::Service { endpoints, name } => {
+                        directory.set(&name, manner.clone(), endpoints, now);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Often until the application is there, then now and then.
+    async fn watch(self, mark: Option<u32>) {
+        let mut is_up = false;
+        loop {
+            tokio::time::sleep(if is_up { WATCH_EVERY } else { WAIT_EVERY }).await;
+            let application = self.lock().application();
+            let Some(addr) = application else { continue };
+            is_up = checks::answers(addr, WATCH_EVERY, mark).await;
+            let mut desk = self.lock();
+            if desk.application() == Some(addr) {
+                desk.note_health(is_up);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How calls from outside appear among the services.
+pub(super) const APPLICATION: &str = "takeover.inbound";
+/// Pushes that come closer than this are one change.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const WAIT_EVERY: Duration = Duration::from_millis(100);
+const WATCH_EVERY: Duration = Duration::from_secs(1);

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Takeover: traffic comes to weir because the service registry says so.
+//!
+//! A provider tells us about itself and the registry gets our address; a consumer subscribes with us
+//! and is told our address. The desk keeps what applications want and what registries say; what
+//! comes of it goes to the table of services. Nothing here waits for a registry.
+
+use std::net::SocketAddr;
+
+use crate::service::Endpoint;
+
+pub use api::router;
+pub use desk::{Change, Desk, Refusal};
+pub use file::FileRegistry;
+pub use fixed::FixedRegistry;
+
+mod api;
+mod desk;
+mod file;
+mod fixed;
+#[cfg(test)]
+mod tests;
+
+/// One address of a service, with what its registry says about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Provider {
+    /// Where it is.
+    pub endpoint: Endpoint,
+    /// What its consumers are told, as `v=4.0&p=1`; as it was written.
+    pub parameters: String,
+}
+
+/// All providers of a service, as a registry had them at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// All of them, none twice.
+    pub providers: Vec<Provider>,
+    /// Grows with every change of this service in this registry.
+    pub revision: u64,
+    /// Whose.
+    pub service: String,
+}
+
+/// Where services are kept. Every call notes what is wanted and returns at once; what a registry
+/// has to say, it says when it is asked for news.
+pub trait Registry: Send {
+    /// In logs and tables.
+    fn name(&self) -> &str;
+
+    /// What has changed since the last time, of services that are subscribed to.
+    fn news(&mut self) -> Vec<Snapshot>;
+
+    /// This host provides `service` at `provider`, until it is unpublished. Whether it can be said
+    /// here at all.
+    fn publish(&mut self, service: &str, provider: &Provider) -> bool;
+
+    /// It does so no more.
+    fn unpublish(&mut self, service: &str);
+
+    /// Snapshots of `service` are wanted; the first one comes with the next news.
+    fn subscribe(&mut self, service: &str);
+
+    /// They are wanted no more.
+    fn unsubscribe(&mut self, service: &str);
+}
+
+impl Provider {
+    /// From the form that SOFA's registries hold: `[scheme://]host:port[/path][?k=v&…]`, in which
+    /// brackets, `#` and `@` may stand unescaped. Weight and zone are taken from it.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Provider> {
+        let (place, parameters) = text.split_once('?').unwrap_or((text, ""));
+        let place = place.split_once("://").map_or(place, |(_, rest)| rest);
+        let addr: SocketAddr = place.split('/').next()?.parse().ok()?;
+        let mut endpoint = Endpoint::new(addr);
+        for pair in parameters.split('&') {
+            match pair.split_once('=') {
+                Some(("weight" | "_WEIGHT", weight)) => {
+                    let weight: u16 = weight.parse().ok()?;
+                    endpoint.weight = weight.min(Endpoint::WEIGHT_MAX);
+                }
+                Some(("zone", zone)) => endpoint.zone = zone.into(),
+                _ => {}
+            }
+        }
+        Some(Provider { endpoint, parameters: parameters.to_owned() })
+    }
+
+    /// In the same form.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.text_at(self.endpoint.addr)
+    }
+
+    /// In the same form, at another address.
+    #[must_use]
+    pub fn text_at(&self, addr: SocketAddr) -> String {
+        let mark = if self.parameters.is_empty() { "" } else { "?" };
+        format!("{addr}{mark}{}", self.parameters)
+    }
+}
