@@ -33,8 +33,10 @@ pub(super) fn string<'a>(reader: &mut Reader<'a>) -> Result<Option<&'a [u8]>, St
             0xf0..=0xf7 if units > 1 => (4, 2),
             _ => return Err(Stop::Bad("a name that is no UTF-8")),
         };
+        // What is asked for never gets less: a name that is too long for its body stays so.
+        let needed = walked.at - 1 + bytes + usize::from(units - of_units);
         for _ in 1..bytes {
-            if walked.u8()? & 0xc0 != 0x80 {
+            if walked.u8().map_err(|_| Stop::NeedMore(needed))? & 0xc0 != 0x80 {
                 return Err(Stop::Bad("a name that is no UTF-8"));
             }
         }
