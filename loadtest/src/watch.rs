@@ -139,18 +139,26 @@ impl Watch {
         })
     }
 
-    /// The watched processes and all that descend from them.
     fn family(&self, parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
-        let mut family: BTreeSet<u32> = self.pids.iter().copied().collect();
-        loop {
-            let born = parents.iter().filter(|(_, parent)| family.contains(parent));
-            let born: Vec<u32> =
-                born.map(|(pid, _)| *pid).filter(|pid| !family.contains(pid)).collect();
-            if born.is_empty() {
-                return family;
-            }
-            family.extend(born);
+        descend(&self.pids, parents)
+    }
+}
+
+/// A process and all that descend from it.
+pub(crate) fn family(pid: u32) -> BTreeSet<u32> {
+    descend(&[pid], &parents())
+}
+
+fn descend(pids: &[u32], parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
+    let mut family: BTreeSet<u32> = pids.iter().copied().collect();
+    loop {
+        let born = parents.iter().filter(|(_, parent)| family.contains(parent));
+        let born: Vec<u32> =
+            born.map(|(pid, _)| *pid).filter(|pid| !family.contains(pid)).collect();
+        if born.is_empty() {
+            return family;
         }
+        family.extend(born);
     }
 }
 

@@ -92,6 +92,34 @@ fn a_comparison_measures_tells_and_leaves_nothing() {
     page(&place);
 }
 
+/// The captures of the weir that was built beside; `cargo test --workspace` builds it first.
+#[test]
+fn every_mode_of_weir_is_measured() {
+    let weir = Path::new(env!("CARGO_BIN_EXE_weir-loadtest")).with_file_name("weir");
+    if !is_root() || !weir.exists() {
+        assert!(std::env::var_os("CI").is_none(), "needs root, and {}", weir.display());
+        return eprintln!("skipped: needs root, and {}", weir.display());
+    }
+    let place = TempDir::new().unwrap();
+    let output = loadtest(&place)
+        .args(["compare", "--force", "--modes", "forward,inbound-tproxy,outbound-connect"])
+        .args(["--relays", "copy", "--peers", "none", "--rounds", "1", "--seconds", "0.15"])
+        .args(["--workloads", "pingpong-4,idle-20"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let result = read(&place.path().join("compare.json"));
+    let cells = result["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 6, "{}", said(&output));
+    for cell in cells {
+        let figures = &cell["rounds"][0]["figures"];
+        assert_eq!(figures["errors"], 0.0, "{cell}");
+        assert_eq!(figures["conntrack_entries"], 0.0, "{cell}");
+        let name = if cell["unit"] == "flow" { "user_bytes_per_flow" } else { "enters_per_unit" };
+        assert!(figures[name].as_f64() > Some(0.0), "{name} of {cell}");
+    }
+}
+
 fn check(result: &Value) {
     assert_eq!(result["is_partial"], false);
     let cells = result["cells"].as_array().unwrap();

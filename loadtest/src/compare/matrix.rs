@@ -18,6 +18,7 @@ use super::select::Workload;
 use crate::run::Kind;
 use crate::run::outcome::Outcome;
 use crate::signals::is_interrupted;
+use crate::watch;
 
 /// How to measure.
 pub(super) struct Plan {
@@ -199,12 +200,13 @@ fn words(plan: &Plan, target: &Started, workload: &Workload) -> Vec<String> {
 
 /// Counts the forwarder's system calls for the middle of the measurement, in parts of a second.
 fn syscall_counter(plan: &Plan, target: &Started) -> Option<(std::process::Child, f64)> {
-    let pid = target.pid.filter(|_| plan.with_syscalls)?;
+    let family = watch::family(target.pid.filter(|_| plan.with_syscalls)?);
+    let pids = family.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     let seconds = plan.seconds / 2.0;
     let mut command = Command::new("sh");
     let wait = WARMUP_SECONDS + plan.seconds / 4.0 + 0.1;
     let script = format!(
-        "sleep {wait:.2}; exec perf stat -x, -e raw_syscalls:sys_enter -p {pid} -- sleep {seconds:.2}"
+        "sleep {wait:.2}; exec perf stat -x, -e raw_syscalls:sys_enter -p {pids} -- sleep {seconds:.2}"
     );
     command.args(["-c", &script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     Some((command.spawn().ok()?, seconds))

@@ -156,6 +156,8 @@ impl Cell {
         match self.unit.as_str() {
             "GB" => "bytes_per_second",
             "flow" => "user_bytes_per_flow",
+            // Where the rate is given, it decides nothing.
+            _ if self.workload.contains('@') => "p50_us",
             _ => "per_second",
         }
     }

@@ -203,6 +203,7 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
         let unit = match name {
             "user_bytes_per_flow" => " B of user memory a flow",
             "bytes_per_second" => " Gbit/s",
+            "p50_us" => " µs in the median",
             _ => "/s",
         };
         let value = shown(value, figure, &best.unit);
