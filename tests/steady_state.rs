@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use weir::capture::{PortCounts, SourcePorts};
 use weir::config::ProxyProtocol;
-use weir::profile::Profile;
+use weir::op::Relay;
+use weir::profile::{Profile, RelayMode};
 use weir::service::{Balance, Directory, Endpoint, Manner, Update};
 use weir::sys::socket::{ListenOptions, listen, local_name};
 use weir::worker::{self, Handle, Listener, Route, Setup, Share};
@@ -24,7 +25,9 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// A worker with a listener to `upstream`; with a limit for each source, connections come the way
 /// that captured ones do.
-fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr) {
+fn start(upstream: SocketAddr, flows_per_source_max: u32, mode: RelayMode) -> (Handle, SocketAddr) {
+    let mut profile = Profile::default();
+    profile.relay.mode = mode;
     let options = ListenOptions { backlog: 64, nodelay: true, ..ListenOptions::default() };
     let fd = listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
     let addr = local_name(fd.as_fd()).unwrap();
@@ -45,14 +48,14 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32) -> (Handle, SocketAddr
             workload: Arc::default(),
         }],
         marks: None,
-        profile: Arc::new(Profile::default()),
+        profile: Arc::new(profile),
         services: Update::new(services.table(), None),
         share: Share {
             connects_pending_max: 64,
             flows_max: 500,
             flows_per_source_max,
             pipes_max: 8,
-            spliced_flows_max: 8,
+            spliced_flows_max: 100,
         },
         source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
     });
@@ -78,9 +81,9 @@ fn live(weir: SocketAddr, upstream: &TcpListener, chunk: &mut [u8]) {
     assert_eq!(client.read(chunk).unwrap(), 0);
 }
 
-fn allocations(flows_per_source_max: u32) -> usize {
+fn allocations(flows_per_source_max: u32, mode: RelayMode) -> usize {
     let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max);
+    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max, mode);
     let mut chunk = vec![7; 100_000];
     let mut open: Vec<(TcpStream, TcpStream)> = Vec::with_capacity(50);
     for _ in 0..50 {
@@ -99,6 +102,9 @@ fn allocations(flows_per_source_max: u32) -> usize {
         }
     }
     let change = region.change();
+    let spliced = &handle.counters().bytes_to_upstream[Relay::Splice as usize];
+    let is_spliced = spliced.iter().any(|counter| counter.value() > 0);
+    assert_eq!(is_spliced, mode == RelayMode::Splice);
     drop(open);
     handle.drain(Duration::ZERO);
     handle.join().unwrap();
@@ -107,8 +113,10 @@ fn allocations(flows_per_source_max: u32) -> usize {
 
 #[test]
 fn worker_in_its_steady_state_allocates_nothing() {
-    assert_eq!(allocations(0), 0, "connections that come as slots");
-    assert_eq!(allocations(400), 0, "connections that come as descriptors");
+    let (auto, splice) = (RelayMode::Auto, RelayMode::Splice);
+    assert_eq!(allocations(0, auto), 0, "connections that come as slots");
+    assert_eq!(allocations(400, auto), 0, "connections that come as descriptors");
+    assert_eq!(allocations(0, splice), 0, "connections that are spliced");
     // Only so that the counter is known to count.
     let region = Region::new(ALLOCATOR);
     drop(vec![0u8; 4096]);
