@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use weir::capture::{Netfilter, Outbound, Plan, Way, Workload};
 
 use crate::harness::{
     Bpffs, Cgroup, Net, Place, Weir, check, config_file, echo, said, send, until, weir,
@@ -230,6 +231,39 @@ except ConnectionRefusedError: print('refused')";
     assert_eq!(run(&["clear"]), "nothing of weir is left here\n");
     is_served();
     assert!(net.is_clean() && bpffs.pins(&net).is_empty() && !cgroup.programs().contains("weir"));
+}
+
+/// LC7, `on_exit: closed` for what nft takes outbound, in both ways: the workload's connects are refused
+/// without a weir; what is left out, and everybody else, pass.
+#[test]
+fn closed_outbound_by_nft_refuses_the_workload_alone() {
+    for way in [Way::Tproxy, Way::Redirect] {
+        let (net, cgroup, other) = (node(), Cgroup::new(), Cgroup::new());
+        servers(&net);
+        let netfilter = Netfilter {
+            exclude: vec![],
+            exclude_ports: vec![81..=81],
+            flows_max: 100,
+            half_closed: Duration::from_secs(30),
+            include: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
+            include_ports: vec![1..=65_535],
+            port: 15_001,
+            way,
+            workload: Some(Workload::Cgroups(vec![cgroup.path.clone().into()])),
+        };
+        let outbound = vec![Outbound::Netfilter(netfilter)];
+        let plan = Plan { closed: true, outbound, ..Plan::default() };
+        net.within(Place::Node, || plan.prepare().unwrap().apply().unwrap());
+        let script = "
+for family, ip, port in (V4, '10.98.2.2', 80), (V6, 'fd98:2::2', 80), (V4, '10.98.2.2', 81):
+    try: dial(family, (ip, port))
+    except ConnectionRefusedError: print('refused')";
+        let passes = "10.98.2.2 81 10.98.2.2:81";
+        assert_eq!(says(&cgroup, &net, script), format!("refused\nrefused\n{passes}"));
+        assert!(!says(&other, &net, script).contains("refused"));
+        out(&rules(&net, &["clear"]));
+        assert!(!says(&cgroup, &net, script).contains("refused"));
+    }
 }
 
 /// A directory before all others in PATH in which `program` fails when called with `word` for the
