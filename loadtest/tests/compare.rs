@@ -220,7 +220,7 @@ fn page(place: &TempDir) {
     assert!(bytes > 50_000, "a picture of {bytes} bytes: {}", said(&shot));
     let drawn = String::from_utf8(see(&["--dump-dom"]).stdout).unwrap();
     // Rate and p99 by connections; percentiles and time of each workload of exchanges; time of bulk.
-    assert_eq!(drawn.matches("<canvas").count(), 2 + 4 * 2 + 1, "every chart is drawn");
+    assert_eq!(drawn.matches("<canvas width=").count(), 2 + 4 * 2 + 1, "every chart is drawn");
     assert!(drawn.matches("class=\"bar\"").count() >= 3 * 6, "every bar is drawn");
 }
 

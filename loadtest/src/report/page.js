@@ -158,7 +158,7 @@ function scaling() {
     const log = { distr: 3 };
     const table = (figure) => family.lines.map((line) => line[figure]);
     const names = family.lines.map((line) => line.target);
-    const options = { x: log, y: {}, points: true, xAxis: { splits: () => xs, values: (_, splits) => splits.map((split) => number(split)) } };
+    const options = { x: log, y: {}, points: true, xAxis: { splits: () => xs, filter: (_, splits) => splits, values: (_, splits) => splits.map((split) => number(split)) } };
     lines(card(place, `${family.name}: rate by connections`, "a second"), names, [xs, ...table("rate")], { ...options, y: { range: (_, low, high) => [0, high * 1.08] } });
     lines(card(place, `${family.name}: p99 by connections`, "µs"), names, [xs, ...table("p99")], { ...options, y: log });
   }
