@@ -274,6 +274,54 @@ impl Capture {
         self.hooks.iter().any(|hook| !hook.stands()).then_some(Part::Cgroup)
     }
 
+    /// What is taken.
+    #[must_use]
+    pub const fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Takes from now on what `plan` says, without a moment in which nothing is taken. Its hooks must
+    /// be those that there are, apart from their filters.
+    ///
+    /// # Errors
+    ///
+    /// A step was refused; what was taken before is still taken.
+    pub fn change(&mut self, plan: Plan) -> Result<(), CaptureError> {
+        if plan.keeps_source() && !accepts_marks() {
+            return Err(CaptureError::NoMarkAccept);
+        }
+        let (old, new) =
+            (nft::draft(&self.plan, accepts_marks())?, nft::draft(&plan, accepts_marks())?);
+        // Rules that nothing needs any more are inert, and stay until the end.
+        let (mut marks, wanted) = (self.plan.marks(), plan.marks());
+        let lacking = wanted.into_iter().filter(|mark| !marks.contains(mark));
+        let lacking: Vec<u32> = lacking.collect();
+        if !lacking.is_empty() {
+            route::preflight()?;
+            marks.extend(lacking);
+            let routes = route::Routes::install(marks)?;
+            if let Some(old) = self.routes.replace(routes) {
+                std::mem::forget(old); // What both have stands.
+            }
+        }
+        let guard = guard::text(&plan)?;
+        if self.guard.take().is_some() {
+            guard::remove()?; // It must not refuse what is left alone from now on.
+        }
+        if let Some(table) = &mut self.table {
+            table.change(&new)?;
+        }
+        self.guard = guard.map(Guard::install).transpose()?;
+        let updated = self.hooks.iter_mut().zip(plan.hooks());
+        let updated = updated.map(|(hook, plan)| hook.update(&plan.filters));
+        if let Err(error) = updated.collect::<Result<(), _>>() {
+            self.table.as_mut().map_or(Ok(()), |table| table.change(&old))?;
+            return Err(error.into());
+        }
+        self.plan = plan;
+        Ok(())
+    }
+
     /// Puts back what is missing.
     ///
     /// # Errors

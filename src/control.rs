@@ -7,13 +7,13 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::capture::{CaptureError, OWN_MARK, Records};
 use crate::config::{Config, OnChange};
@@ -23,6 +23,7 @@ use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
 use capturing::{Capturing, RulesLost};
+use reload::Reloader;
 use services::Services;
 use takeover::TakingOver;
 
@@ -35,6 +36,7 @@ mod descriptors;
 mod exposition;
 mod listeners;
 mod places;
+mod reload;
 mod routes;
 pub mod rules;
 mod services;
@@ -176,9 +178,8 @@ struct Running {
     captures: bool,
     /// It is being captured just now.
     capturing: AtomicBool,
-    /// In force, as `/config` shows it.
-    config: serde_json::Value,
     draining: AtomicBool,
+    in_force: watch::Sender<InForce>,
     /// Rung when somebody asks to drain.
     bell: Notify,
     on_change: OnChange,
@@ -191,20 +192,35 @@ struct Running {
     workers: Vec<Handle>,
 }
 
-/// Runs until drained by a signal or by command.
+/// What a reload can change.
+#[derive(Debug)]
+struct InForce {
+    /// How long a drain may take.
+    drain: Duration,
+    /// The config, as `/config` shows it.
+    shown: serde_json::Value,
+}
+
+impl InForce {
+    fn of(config: &Config) -> InForce {
+        InForce { drain: config.profile.timeouts.drain, shown: shown::config(config) }
+    }
+}
+
+/// Runs until drained by a signal or by command. SIGHUP reads `file` again.
 ///
 /// # Errors
 ///
 /// It cannot start (nothing was changed), or a worker failed.
-pub fn run(config: Config) -> Result<(), RunError> {
+pub fn run(config: Config, file: Option<&Path>) -> Result<(), RunError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(RunError::Runtime)?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(config, file))
 }
 
-async fn serve(config: Config) -> Result<(), RunError> {
+async fn serve(config: Config, file: Option<&Path>) -> Result<(), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
@@ -216,6 +232,7 @@ async fn serve(config: Config) -> Result<(), RunError> {
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
     let taking_over = api.map(|api| api.serve(&running.services, mark));
+    let home = start::home(&prepared)?;
     // Last of all: what is taken now must be served.
     let capturing = running.captures.then(|| Capturing::install(prepared, &running));
     let mut capturing = capturing.transpose()?;
@@ -233,8 +250,9 @@ async fn serve(config: Config) -> Result<(), RunError> {
     );
     // systemd may not be there; then there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let reloader = Reloader::new(config, file, home);
     let interrupted =
-        running.until_over(&mut signals, capturing.as_mut(), taking_over.as_ref()).await;
+        running.until_over(&mut signals, reloader, capturing.as_mut(), taking_over.as_ref()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     checks.abort();
     drop(capturing);
@@ -258,6 +276,7 @@ impl Running {
     async fn until_over(
         &self,
         signals: &mut Signals,
+        mut reloader: Reloader,
         mut capturing: Option<&mut Capturing>,
         taking_over: Option<&TakingOver>,
     ) -> bool {
@@ -266,7 +285,10 @@ impl Running {
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
-                    Asked::Reload => tracing::warn!("SIGHUP: this version cannot reload; the config stays"),
+                    Asked::Reload if self.is_draining() => {
+                        tracing::warn!("SIGHUP: weir drains; the config stays");
+                    }
+                    Asked::Reload => reloader.reload(self, capturing.as_deref_mut()),
                     Asked::Stop { by_user } if self.is_draining() => {
                         self.drain(Duration::ZERO);
                         if by_user {
@@ -280,7 +302,8 @@ impl Running {
                     // Before the listeners close, so that nobody is sent to a closed one.
                     taking_over.inspect(|taking_over| taking_over.withdraw());
                     self.stop_taking(capturing.as_deref_mut()).await;
-                    self.drain(self.profile.timeouts.drain);
+                    let within = self.in_force.borrow().drain;
+                    self.drain(within);
                 }
                 _ = tick.tick() => {
                     self.services.tell(&self.workers);

@@ -91,6 +91,15 @@ impl Ring {
         &self.features
     }
 
+    /// Gives a listener the options that its accepted sockets shall inherit.
+    ///
+    /// # Errors
+    ///
+    /// As at the start.
+    pub fn tune(&self, listener: BorrowedFd<'_>) -> Result<(), RingError> {
+        self.dial.tune(listener)
+    }
+
     /// `io_uring_enter` calls so far.
     #[must_use]
     pub const fn enters(&self) -> u64 {

@@ -23,7 +23,7 @@ use crate::config::ProxyProtocol;
 use crate::flow::{Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::op::Relay;
-use crate::profile::{Profile, RelayMode};
+use crate::profile::{Profile, RelayMode, Timeouts};
 use crate::ring::{self, Batch, DialOptions, Features, Marks, Ring, RingError, SpliceLimits};
 use crate::service::{Balance, Picker, ServiceId, Tally, Update};
 use crate::sys::netns::Netns;
@@ -41,6 +41,7 @@ use wheel::{Clock, Wheel};
 mod accept;
 mod attribution;
 mod breaker;
+mod change;
 mod destination;
 mod mailbox;
 mod peek;
@@ -113,7 +114,7 @@ pub struct Listener {
 #[derive(Debug, Default)]
 pub struct Place {
     /// How to get there; `None` only where a process lives in one place.
-    pub netns: Option<Netns>,
+    pub netns: Option<Arc<Netns>>,
     /// Unique in a process; 0 for where it was started.
     pub number: u32,
     /// What must never be dialled there.
@@ -143,6 +144,32 @@ pub enum Route {
         /// Whose address the upstream sees.
         source: Source,
     },
+}
+
+/// What a running worker shall do otherwise.
+#[derive(Debug)]
+pub struct Change {
+    /// Listeners that it has not had yet.
+    pub add: Vec<Listener>,
+    /// Listeners that go on in another way; flows that are open go on as they began.
+    pub alter: Vec<Alteration>,
+    /// Listeners of home that end once those who wait in their queues are served.
+    pub retire: Vec<SocketAddr>,
+    /// For every flow, those that are open too.
+    pub timeouts: Timeouts,
+}
+
+/// How a listener goes on.
+#[derive(Debug)]
+pub struct Alteration {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// The network namespace that it is in, perhaps with other own ports.
+    pub place: Arc<Place>,
+    /// See `Listener`.
+    pub proxy_protocol: ProxyProtocol,
+    /// `None` for as before.
+    pub route: Option<Route>,
 }
 
 /// Whose address an upstream sees.
@@ -230,6 +257,17 @@ impl Handle {
         let (to, from) = mpsc::channel();
         self.mailbox.send(Letter::Endpoints(to));
         from
+    }
+
+    /// There is room for a change and a table of services in its mailbox.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.mailbox.has_room(2)
+    }
+
+    /// Goes on otherwise. Lost if there is no room.
+    pub fn change(&self, change: Change) {
+        self.mailbox.send(Letter::Change(Box::new(change)));
     }
 
     /// The workload in this place is gone: its listeners are closed and its flows reset.

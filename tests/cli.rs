@@ -135,7 +135,7 @@ fn manual_pages_and_completions_know_every_verb() {
 }
 
 #[test]
-fn supervisor_is_told_when_weir_is_ready_and_when_it_stops() {
+fn supervisor_is_told_when_weir_is_ready_reloads_and_stops() {
     let place = TempDir::new().unwrap();
     let path = place.path().join("notify");
     let supervisor = UnixDatagram::bind(&path).unwrap();
@@ -153,6 +153,10 @@ fn supervisor_is_told_when_weir_is_ready_and_when_it_stops() {
         .unwrap();
     assert!(heard().contains("READY=1"));
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    let reloading = heard();
+    assert!(reloading.contains("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
+    assert!(heard().contains("READY=1"));
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert!(heard().contains("STOPPING=1"));
     assert_eq!(child.wait().unwrap().code(), Some(0));

@@ -27,5 +27,5 @@ pub(super) fn run(arguments: Forward) -> Result<(), Failure> {
         workers: arguments.workers.map_or(Workers::Auto, Workers::Count),
     };
     log::start();
-    Ok(control::run(config)?)
+    Ok(control::run(config, None)?)
 }

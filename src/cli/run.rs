@@ -11,7 +11,7 @@ use crate::{control, log};
 pub(super) fn run(file: &Path) -> Result<(), Failure> {
     let config = load(file)?;
     log::start();
-    Ok(control::run(config)?)
+    Ok(control::run(config, Some(file))?)
 }
 
 pub(super) fn check(file: &Path) -> Result<(), Failure> {

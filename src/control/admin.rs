@@ -147,7 +147,7 @@ fn is_trusted(stream: &UnixStream) -> bool {
 }
 
 async fn config(State(running): State<Arc<Running>>) -> impl IntoResponse {
-    axum::Json(running.config.clone())
+    axum::Json(running.in_force.borrow().shown.clone())
 }
 
 async fn status(State(running): State<Arc<Running>>) -> impl IntoResponse {

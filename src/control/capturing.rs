@@ -140,6 +140,37 @@ impl Capturing {
         Ok(Capturing { look_at: Instant::now(), places })
     }
 
+    /// Takes what `config` says from now on, in every place or in none.
+    pub(super) fn change(&mut self, config: &Config) -> Result<(), RunError> {
+        let mut old = Vec::with_capacity(self.places.len());
+        for index in 0..self.places.len() {
+            let Some(taken) = self.places.get_mut(index) else { break };
+            let place = taken.place.under(config);
+            let plan = taken.capture.as_ref().map(|capture| capture.plan().clone());
+            let changed = place.plan(config).map_or(Ok(()), |plan| taken.change(plan));
+            if let Err(error) = changed {
+                self.change_back(old);
+                return Err(error);
+            }
+            old.push((std::mem::replace(&mut taken.place, place), plan));
+        }
+        Ok(())
+    }
+
+    fn change_back(&mut self, old: Vec<(Place, Option<Plan>)>) {
+        for (taken, (place, plan)) in self.places.iter_mut().zip(old) {
+            taken.place = place;
+            if let Some(Err(error)) = plan.map(|plan| taken.change(plan)) {
+                tracing::error!(workload = taken.place.name(), "undo the change: {error}");
+            }
+        }
+    }
+
+    /// Where traffic is taken.
+    pub(super) fn places(&self) -> impl Iterator<Item = &Place> {
+        self.places.iter().map(|taken| &taken.place)
+    }
+
     /// Takes no more connections.
     pub(super) fn stop(&mut self, running: &Running) {
         running.capturing.store(false, Ordering::Release);
@@ -170,6 +201,11 @@ impl Capturing {
 }
 
 impl Taken {
+    fn change(&mut self, plan: Plan) -> Result<(), RunError> {
+        let Some(capture) = &mut self.capture else { return Ok(()) };
+        Ok(self.place.within(|| capture.change(plan))??)
+    }
+
     /// True if the workload is gone, and every worker knows.
     fn left(&self, running: &Running) -> bool {
         let (name, number) = (self.place.name(), self.place.for_workers.number);

@@ -27,13 +27,7 @@ pub(super) fn open(
     routes: &[Plain<'_>],
     workers: usize,
 ) -> Result<Vec<Vec<Listener>>, RunError> {
-    let Profile { limits, sockets, .. } = &config.profile;
-    let options = ListenOptions {
-        backlog: limits.backlog,
-        nodelay: sockets.nodelay,
-        shared: workers > 1,
-        ..ListenOptions::default()
-    };
+    let options = options(&config.profile, workers);
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     for (index, (place, prepared)) in prepared.iter().enumerate() {
         let is_home = index == 0;
@@ -43,6 +37,37 @@ pub(super) fn open(
         place.within(|| opening.open(&mut all))??;
     }
     Ok(all)
+}
+
+/// More plain listeners while weir runs: a socket for each worker of each address, in its order.
+pub(super) fn open_more(
+    addrs: &[SocketAddr],
+    profile: &Profile,
+    workers: usize,
+) -> Result<Vec<Vec<OwnedFd>>, ListenError> {
+    let options = options(profile, workers);
+    let probe = ListenOptions { shared: false, ..options };
+    addrs.iter().try_for_each(|addr| listen_patiently(*addr, &probe).map(drop))?;
+    let open = |addr: &SocketAddr| listen_patiently(*addr, &options);
+    (0..workers).map(|_| addrs.iter().map(open).collect()).collect()
+}
+
+/// Where the traffic of a workload is let in, under `inbound`.
+pub(super) fn inbound_route(inbound: &Inbound) -> Route {
+    let source = match inbound.source {
+        SourceAddress::Keep => Source::Keep(inbound.source_ports.clone()),
+        SourceAddress::Own => Source::Own,
+    };
+    Route::Socket { origin: Origin::InboundTproxy, source }
+}
+
+fn options(profile: &Profile, workers: usize) -> ListenOptions {
+    ListenOptions {
+        backlog: profile.limits.backlog,
+        nodelay: profile.sockets.nodelay,
+        shared: workers > 1,
+        ..ListenOptions::default()
+    }
 }
 
 /// What is opened in one place.
@@ -94,11 +119,7 @@ impl Opening<'_> {
     fn inbound(&self, captured: &Captured, inbound: &Inbound) -> Result<Listener, ListenError> {
         let options = ListenOptions { mark: Some(OWN_MARK), transparent: true, ..self.options };
         let fd = listen_patiently(inbound.listen, &options)?;
-        let source = match inbound.source {
-            SourceAddress::Keep => Source::Keep(inbound.source_ports.clone()),
-            SourceAddress::Own => Source::Own,
-        };
-        let route = Route::Socket { origin: Origin::InboundTproxy, source };
+        let route = inbound_route(inbound);
         let listener = self.listener(fd, "inbound", &captured.name, route);
         Ok(Listener { proxy_protocol: inbound.proxy_protocol, ..listener })
     }
@@ -129,7 +150,7 @@ impl Opening<'_> {
 }
 
 /// 127.0.0.1, and ::1 unless IPv6 is switched off.
-fn loopbacks() -> impl Iterator<Item = IpAddr> {
+pub(super) fn loopbacks() -> impl Iterator<Item = IpAddr> {
     let v6 = netns::has_ipv6();
     [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].into_iter().take(1 + usize::from(v6))
 }

@@ -29,7 +29,7 @@ impl Place {
             .cloned()
             .partition(|captured| captured.namespace == Namespace::Own);
         // Only who moves away needs to know the way home.
-        let netns = if elsewhere.is_empty() { None } else { Netns::own().ok() };
+        let netns = if elsewhere.is_empty() { None } else { Netns::own().ok().map(Arc::new) };
         let own_ports = OwnPorts::new(capturing::own_ports(config, &here));
         let home = worker::Place { netns, number: 0, own_ports };
         let mut places =
@@ -50,8 +50,28 @@ impl Place {
         let netns = Netns::open(&namespace.path()).map_err(failed)?;
         netns.within(|| ()).map_err(failed)?;
         let own_ports = OwnPorts::new(capturing::listen_ports(std::slice::from_ref(&captured)));
-        let for_workers = Arc::new(worker::Place { netns: Some(netns), number, own_ports });
+        let for_workers =
+            Arc::new(worker::Place { netns: Some(Arc::new(netns)), number, own_ports });
         Ok(Place { captured: vec![captured], for_workers, namespace })
+    }
+
+    /// The same place under another config.
+    pub(super) fn under(&self, config: &Config) -> Place {
+        let here = |captured: &&Captured| captured.namespace == self.namespace;
+        let captured: Vec<Captured> = config.workloads.iter().filter(here).cloned().collect();
+        let own_ports = if self.is_home() {
+            capturing::own_ports(config, &captured)
+        } else {
+            capturing::listen_ports(&captured)
+        };
+        let worker::Place { netns, number, .. } = &*self.for_workers;
+        let for_workers = worker::Place {
+            netns: netns.clone(),
+            number: *number,
+            own_ports: OwnPorts::new(own_ports),
+        };
+        let namespace = self.namespace.clone();
+        Place { captured, for_workers: Arc::new(for_workers), namespace }
     }
 
     /// What is captured here; `None` if nothing is.

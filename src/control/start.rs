@@ -5,11 +5,11 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::places::Place;
 use super::services::Services;
-use super::{RunError, Running, capturing, descriptors, listeners, routes, shown, takeover};
+use super::{InForce, RunError, Running, capturing, descriptors, listeners, routes, takeover};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, STEER_MARK, SourcePorts};
 use crate::config::{Config, SourceAddress, Workers};
 use crate::profile::RelayMode;
@@ -28,17 +28,23 @@ pub(super) fn prepare(config: &Config) -> Result<Vec<(Place, Option<Prepared>)>,
     Ok(all)
 }
 
+/// Where weir was started, as workers see it.
+pub(super) fn home(prepared: &[(Place, Option<Prepared>)]) -> Result<Arc<worker::Place>, RunError> {
+    let first = prepared.first().map(|(home, _)| Arc::clone(&home.for_workers));
+    first.ok_or_else(|| RunError::Runtime(std::io::ErrorKind::NotFound.into()))
+}
+
 /// Opens listeners and starts workers.
 pub(super) fn start(
     config: &Config,
     prepared: &[(Place, Option<Prepared>)],
 ) -> Result<Running, RunError> {
     refuse_what_is_missing(config)?;
-    let Some((home, _)) = prepared.first() else { unreachable!("home is always a place") };
+    let home = home(prepared)?;
     let captures = prepared.iter().any(|(_, prepared)| prepared.is_some());
     let prepared_here = prepared.iter().filter_map(|(_, prepared)| prepared.as_ref());
     let records = prepared_here.flat_map(Prepared::records).collect();
-    refuse_loops(config, &home.for_workers.own_ports)?;
+    refuse_loops(config, &home.own_ports)?;
     let cpus = cpus(&config.workers)?;
     let share = descriptors::share(config, cpus.len())?;
     let services = Arc::new(Services::default());
@@ -54,7 +60,7 @@ pub(super) fn start(
     for (index, cpu) in (0u16..).zip(&cpus) {
         let setup = Setup {
             cpu: *cpu,
-            home: Arc::clone(&home.for_workers),
+            home: Arc::clone(&home),
             index,
             listeners: sockets.pop().unwrap_or_default(),
             marks,
@@ -79,8 +85,8 @@ pub(super) fn start(
         bell: Notify::new(),
         captures,
         capturing,
-        config: shown::config(config),
         draining,
+        in_force: watch::Sender::new(InForce::of(config)),
         on_change: config.on_change,
         profile,
         records,
@@ -98,7 +104,7 @@ fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
     Err(RunError::NotYet(missing.to_owned()))
 }
 
-fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), RunError> {
+pub(super) fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), RunError> {
     for forward in &config.forward {
         let mut addrs = forward.endpoints.iter().map(|endpoint| endpoint.addr);
         if let Some(endpoint) = addrs.find(|addr| own_ports.forbids(*addr)) {

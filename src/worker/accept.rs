@@ -16,7 +16,7 @@ use super::slab::Peers;
 use super::turn::Worker;
 use super::wheel::Clock;
 use super::{Listener, Place, Route, Setup};
-use crate::addr::{Downstream, OriginalDst};
+use crate::addr::{Downstream, OriginalDst, canonical};
 use crate::capture::SourcePorts;
 use crate::config::ProxyProtocol;
 use crate::metrics::{Denied, Origin};
@@ -40,15 +40,19 @@ pub(super) struct Listening {
 /// One listener.
 pub(super) struct State {
     accept: Accept,
+    /// Where it listens.
+    addr: Option<SocketAddr>,
     fate: Fate,
     /// Closed once nothing will be accepted any more.
     fd: Option<OwnedFd>,
+    /// Open flows that came by it.
+    flows: u32,
     origin: Origin,
     /// Where it lives.
     pub(super) place: Arc<Place>,
     /// Where it listens: who is accepted for this port was not captured.
     pub(super) port: u16,
-    proxy_protocol: ProxyProtocol,
+    pub(super) proxy_protocol: ProxyProtocol,
     /// Connections that a drain still takes from the queue, so that it ends even in a storm.
     rest: u32,
     pub(super) route: Route,
@@ -60,6 +64,8 @@ pub(super) struct State {
 enum Fate {
     /// It is closed at once.
     Closes,
+    /// Who waits is served, and then it is closed.
+    Drains,
     /// It accepts again.
     Serves,
 }
@@ -97,6 +103,9 @@ impl Worker {
         for index in 0..self.listening.states.len() {
             let Some(state) = self.listening.states.get_mut(index) else { return };
             let Some(fd) = state.fd.as_ref().map(AsFd::as_fd) else { continue };
+            if state.fate != Fate::Serves {
+                continue;
+            }
             match (state.accept, may) {
                 (Accept::Idle, true) if many => {
                     state.accept = Accept::Many;
@@ -149,6 +158,20 @@ impl Worker {
         }
     }
 
+    /// No more connections of this listener but those that wait.
+    pub(super) fn retire_listener(&mut self, index: usize) {
+        let Some(state) = self.listening.states.get_mut(index) else { return };
+        state.fate = Fate::Drains;
+        match state.accept {
+            Accept::Many | Accept::One => {
+                state.accept = Accept::Cancelled;
+                self.ring.cancel(token(index));
+            }
+            Accept::Idle => self.accept_rest(index, 0),
+            Accept::Cancelled | Accept::Last | Accept::Over => {}
+        }
+    }
+
     /// An accept brought a connection, an error, or its end.
     pub(super) fn accepted(&mut self, index: usize, event: Event) {
         let now = self.clock.now();
@@ -177,7 +200,7 @@ impl Worker {
         let Some(state) = self.listening.states.get_mut(index) else { return };
         match (state.fate, self.drain_until) {
             (Fate::Closes, _) => state.end(),
-            (Fate::Serves, Some(_)) => self.accept_rest(index, result),
+            (Fate::Drains, _) | (Fate::Serves, Some(_)) => self.accept_rest(index, result),
             (Fate::Serves, None) => state.accept = Accept::Idle,
         }
     }
@@ -312,6 +335,9 @@ impl Worker {
     }
 
     fn began(&mut self, listener: u16) {
+        if let Some(state) = self.listening.states.get_mut(usize::from(listener)) {
+            state.flows += 1;
+        }
         let origin = self.listening.origin(listener) as usize;
         if let Some(counter) = self.counters.flows_opened.get(origin) {
             counter.add(1);
@@ -366,12 +392,23 @@ impl Listening {
     }
 
     pub(super) fn flow_ended(&mut self, peers: &Peers) {
+        if let Some(state) = self.states.get_mut(usize::from(peers.listener)) {
+            state.flows -= 1;
+        }
         let Some(downstream) = peers.downstream else { return };
         self.sources.leave(downstream.ip());
         if let Some(source) = peers.source {
             self.source_ports.leave(source, peers.upstream);
             self.source_ports.leave(downstream, peers.upstream);
         }
+    }
+
+    /// The listener that serves there.
+    pub(super) fn index_of(&self, place: u32, addr: SocketAddr) -> Option<usize> {
+        let wanted = Some(canonical(addr));
+        self.states.iter().position(|state| {
+            state.place.number == place && state.addr == wanted && state.fate == Fate::Serves
+        })
     }
 
     /// Whether listener `index` lives in `place`.
@@ -433,18 +470,21 @@ impl Listening {
 }
 
 impl State {
-    fn new(listener: Listener, backlog: u32) -> State {
+    pub(super) fn new(listener: Listener, backlog: u32) -> State {
         let Listener { fd, place, proxy_protocol, route, workload, .. } = listener;
         let origin = match &route {
             Route::Recorded(_) => Origin::OutboundConnect,
             Route::Named => Origin::OutboundTakeover,
             Route::Service { origin, .. } | Route::Socket { origin, .. } => *origin,
         };
-        let port = socket::local_name(fd.as_fd()).map_or(0, |addr| addr.port());
+        let addr = socket::local_name(fd.as_fd()).ok();
+        let port = addr.map_or(0, |addr| addr.port());
         State {
             accept: Accept::Idle,
+            addr,
             fate: Fate::Serves,
             fd: Some(fd),
+            flows: 0,
             origin,
             place,
             port,
@@ -453,6 +493,11 @@ impl State {
             route,
             workload,
         }
+    }
+
+    /// Nothing will come of it any more, and no flow knows it.
+    pub(super) fn is_vacant(&self) -> bool {
+        self.accept == Accept::Over && self.flows == 0
     }
 
     /// Closing the socket makes the kernel refuse whoever comes later.

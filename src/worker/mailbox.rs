@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
 
-use super::FlowRow;
+use super::{Change, FlowRow};
 use crate::service::{Tally, Update};
 
 /// What control can ask of a worker.
 #[derive(Debug)]
 pub(super) enum Letter {
+    /// Go on otherwise.
+    Change(Box<Change>),
     /// Stop accepting; reset what is left after this long.
     Drain(Duration),
     /// Say what is known about each endpoint.
@@ -50,6 +52,10 @@ impl Mailbox {
         let taken = self.letters.push(letter).is_ok();
         let _ = nix::unistd::write(&self.bell, &1u64.to_ne_bytes());
         taken
+    }
+
+    pub(super) fn has_room(&self, letters: usize) -> bool {
+        self.letters.capacity() - self.letters.len() >= letters
     }
 
     pub(super) fn take(&self) -> Option<Letter> {

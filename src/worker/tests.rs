@@ -130,7 +130,7 @@ fn small_profile() -> Profile {
         },
         summary: String::new(),
         sysctls: Default::default(),
-        timeouts: profile::Timeouts {
+        timeouts: Timeouts {
             connect: Duration::from_secs(5),
             drain: Duration::from_secs(5),
             half_closed: Duration::from_secs(5),

@@ -307,6 +307,7 @@ impl Worker {
                     // As with flows.
                     let _ = to.send(self.services.tallies(self.clock.instant()));
                 }
+                Letter::Change(change) => self.change(*change),
                 Letter::Leave(place) => self.leave(place),
                 Letter::Flows(to) => {
                     // Whoever asked may have stopped waiting: nothing is lost.
@@ -371,7 +372,7 @@ impl TimerTicks {
         }
     }
 
-    const fn of(self, timer: Timer) -> Option<u32> {
+    pub(super) const fn of(self, timer: Timer) -> Option<u32> {
         match timer {
             Timer::Connect => Some(self.connect),
             Timer::HalfClosed => Some(self.half_closed),

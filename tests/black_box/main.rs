@@ -17,6 +17,7 @@ mod outbound;
 mod peers;
 mod proxy_protocol;
 mod relays;
+mod reload;
 mod ring;
 mod rules;
 mod services;

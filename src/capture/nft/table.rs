@@ -22,6 +22,8 @@ pub(in crate::capture) struct Table {
     child: Child,
     /// `None` once closed.
     input: Option<ChildStdin>,
+    /// How often it was changed.
+    revision: u32,
     /// What makes it take nothing more.
     stop: String,
     /// What the child was told to read, and may not have read yet.
@@ -43,7 +45,8 @@ impl Table {
             .spawn()
             .map_err(missing)?;
         let input = child.stdin.take();
-        let mut table = Table { child, input, stop: draft.stop(), texts: Vec::new() };
+        let (stop, texts) = (draft.stop(), Vec::new());
+        let mut table = Table { child, input, revision: 0, stop, texts };
         let made = table
             .run(&draft.table())
             .and_then(|()| table.wait_until(&["-t", "list", "table", "inet", "weir"]));
@@ -52,6 +55,26 @@ impl Table {
             Ok(false) => Err(refused("install the nft table", &table.last_words())),
             Err(source) => Err(refused("install the nft table", &source.to_string())),
         }
+    }
+
+    /// Has these rules from now on, in one transaction. Sets keep what is in them, so that flows that
+    /// are remembered stay remembered.
+    pub(in crate::capture) fn change(&mut self, draft: &Draft) -> Result<(), CaptureError> {
+        let failed = |source: io::Error| refused("change the nft table", &source.to_string());
+        let (old, new) = (format!("revision_{}", self.revision), self.revision + 1);
+        let done = format!("revision_{new}");
+        let mut text = format!("flush table inet weir\n{}", draft.table());
+        if self.revision > 0 {
+            text.push_str(&format!("delete chain inet weir {old}\n"));
+        }
+        text.push_str(&format!("add chain inet weir {done}\n"));
+        self.run(&text).map_err(failed)?;
+        if self.wait_until(&["list", "chain", "inet", "weir", &done]).map_err(failed)? {
+            (self.revision, self.stop) = (new, draft.stop());
+            self.texts.clear();
+            return Ok(());
+        }
+        Err(refused("change the nft table", "nft did not take it"))
     }
 
     /// Takes no more connections. Best effort: if the child is gone, so is the table.

@@ -77,6 +77,17 @@ impl Weir {
         weir
     }
 
+    /// SIGHUP with this config in its file; true once it is in force, false once it was refused.
+    pub(crate) fn reload(&self, config: &str) -> bool {
+        let count = |what: &str| self.log().matches(what).count();
+        let (done, refused) = ("the config is reloaded", "the config is not reloaded");
+        let before = (count(done), count(refused));
+        config_file(&self.place, config);
+        self.signal(nix::sys::signal::Signal::SIGHUP);
+        until("the reload is over", || (count(done), count(refused)) != before);
+        count(done) > before.0
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+//! SIGHUP: the config file is read again, and what can change changes without dropping a flow.
+//!
+//! All or nothing: everything that can be refused is refused before a worker hears of it, and then
+//! the old config stays in force. What cannot change while weir runs is named, and kept.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::capturing::Capturing;
+use super::places::Place;
+use super::{InForce, RunError, Running, listeners, start};
+use crate::capture::OwnPorts;
+use crate::config::{Captured, Config, Forward, Namespace, ProxyProtocol, SourceAddress};
+use crate::metrics::Origin;
+use crate::service::ServiceId;
+use crate::worker::{self, Alteration, Change, Handle, Listener, Route};
+
+/// The config in force, and where it came from.
+pub(super) struct Reloader {
+    config: Config,
+    file: Option<PathBuf>,
+    home: Arc<worker::Place>,
+}
+
+/// Why the config stays.
+#[derive(Debug, thiserror::Error)]
+enum ReloadError {
+    /// A worker has too many letters to read.
+    #[error("a worker does not read its mail: try again")]
+    Busy,
+    /// The file.
+    #[error("{0}")]
+    Mistakes(String),
+    /// `weir forward`.
+    #[error("it was given on the command line")]
+    NoFile,
+    /// A step was refused.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+impl Reloader {
+    pub(super) fn new(config: Config, file: Option<&Path>, home: Arc<worker::Place>) -> Reloader {
+        // Relative paths must lead to the same file wherever the process goes.
+        let file = file.map(|file| std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
+        Reloader { config, file, home }
+    }
+
+    /// Reads the file again, and says what came of it.
+    pub(super) fn reload(&mut self, running: &Running, capturing: Option<&mut Capturing>) {
+        // systemd may not be there; then there is nobody to tell.
+        let now = sd_notify::NotifyState::monotonic_usec_now().into_iter();
+        let states: Vec<_> = [sd_notify::NotifyState::Reloading].into_iter().chain(now).collect();
+        let _ = sd_notify::notify(&states);
+        match self.try_reload(running, capturing) {
+            Ok(kept) => {
+                for what in kept {
+                    tracing::warn!(
+                        "reload: {what} cannot change while weir runs, and stays as it was"
+                    );
+                }
+                tracing::info!("the config is reloaded");
+            }
+            Err(error) => {
+                tracing::error!("the config is not reloaded and stays as it was: {error}")
+            }
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    }
+
+    fn try_reload(
+        &mut self,
+        running: &Running,
+        mut capturing: Option<&mut Capturing>,
+    ) -> Result<Vec<&'static str>, ReloadError> {
+        let file = self.file.as_deref().ok_or(ReloadError::NoFile)?;
+        let loaded = Config::load(file);
+        let mut new = loaded.map_err(|mistakes| ReloadError::Mistakes(mistakes.to_string()))?;
+        let kept = keep(&self.config, &mut new);
+        refuse(&new, running)?;
+        let is_new = |addr: &SocketAddr| !has_listener(&self.config, *addr);
+        let added: Vec<SocketAddr> =
+            new.forward.iter().map(|forward| forward.listen).filter(is_new).collect();
+        let workers = &running.workers;
+        let sockets = listeners::open_more(&added, &new.profile, workers.len());
+        let sockets = sockets.map_err(RunError::from)?;
+        await_room(workers)?;
+        if let Some(capturing) = &mut capturing {
+            capturing.change(&new)?;
+        }
+        // From here on nothing is refused any more.
+        let services = running.services.enter(&new.forward);
+        running.services.tell(workers);
+        let retire = || self.config.forward.iter().map(|forward| forward.listen);
+        for (worker, sockets) in workers.iter().zip(sockets) {
+            worker.change(Change {
+                add: self.added(&new, &services, &added, sockets),
+                alter: self.altered(&new, &services, capturing.as_deref()),
+                retire: retire().filter(|addr| !has_listener(&new, *addr)).collect(),
+                timeouts: new.profile.timeouts,
+            });
+        }
+        for old in &self.config.forward {
+            if new.forward.iter().all(|forward| forward.name != old.name) {
+                running.services.change(|directory| directory.remove(&old.name));
+            }
+        }
+        running.in_force.send_replace(InForce::of(&new));
+        self.config = new;
+        Ok(kept)
+    }
+
+    /// Listeners that there are not yet, each with its socket.
+    fn added(
+        &self,
+        new: &Config,
+        services: &[ServiceId],
+        added: &[SocketAddr],
+        sockets: Vec<OwnedFd>,
+    ) -> Vec<Listener> {
+        let forwards = new.forward.iter().zip(services);
+        let forwards = forwards.filter(|(forward, _)| added.contains(&forward.listen));
+        let listener = |((forward, id), fd): ((&Forward, &ServiceId), OwnedFd)| Listener {
+            fd,
+            name: forward.name.as_str().into(),
+            place: Arc::clone(&self.home),
+            proxy_protocol: ProxyProtocol::Off,
+            route: service_route(forward, *id),
+            workload: Arc::default(),
+        };
+        forwards.zip(sockets).map(listener).collect()
+    }
+
+    /// Listeners that go on in another way; those that do not change are among them.
+    fn altered(
+        &self,
+        new: &Config,
+        services: &[ServiceId],
+        capturing: Option<&Capturing>,
+    ) -> Vec<Alteration> {
+        let forwards = new.forward.iter().zip(services);
+        let forwards = forwards.map(|(forward, id)| Alteration {
+            addr: forward.listen,
+            place: Arc::clone(&self.home),
+            proxy_protocol: ProxyProtocol::Off,
+            route: Some(service_route(forward, *id)),
+        });
+        let places = capturing.into_iter().flat_map(Capturing::places);
+        forwards.chain(places.flat_map(captured)).collect()
+    }
+}
+
+fn captured(place: &Place) -> impl Iterator<Item = Alteration> {
+    let to = |addr, proxy_protocol, route| Alteration {
+        addr,
+        place: Arc::clone(&place.for_workers),
+        proxy_protocol,
+        route,
+    };
+    place.captured.iter().flat_map(move |Captured { inbound, outbound, .. }| {
+        let inbound = inbound.iter().map(move |inbound| {
+            let route = listeners::inbound_route(inbound);
+            to(inbound.listen, inbound.proxy_protocol, Some(route))
+        });
+        let outbound = outbound.iter().flat_map(move |outbound| {
+            let port = outbound.listen.port();
+            let addrs = listeners::loopbacks().map(move |ip| SocketAddr::new(ip, port));
+            addrs.map(move |addr| to(addr, ProxyProtocol::Off, None))
+        });
+        inbound.chain(outbound).collect::<Vec<_>>()
+    })
+}
+
+fn service_route(forward: &Forward, id: ServiceId) -> Route {
+    Route::Service { balance: forward.manner.balance, id, origin: Origin::Forward }
+}
+
+fn has_listener(config: &Config, addr: SocketAddr) -> bool {
+    config.forward.iter().any(|forward| forward.listen == addr)
+}
+
+/// Puts what cannot change back into `new`, and names it.
+fn keep(old: &Config, new: &mut Config) -> Vec<&'static str> {
+    let mut profile = old.profile.clone();
+    profile.timeouts = new.profile.timeouts;
+    let same_shape = old.workloads.len() == new.workloads.len()
+        && old.workloads.iter().zip(&new.workloads).all(|(old, new)| shape(old) == shape(new));
+    let changes = [
+        (old.admin != new.admin, "admin"),
+        (old.on_change != new.on_change, "on_change"),
+        (old.on_exit != new.on_exit, "on_exit"),
+        (old.takeover != new.takeover, "takeover"),
+        (profile != new.profile, "profile (but for its timeouts)"),
+        (old.workers != new.workers, "workers"),
+        (!same_shape, "who is captured, by which means and on which ports weir listens for it"),
+    ];
+    new.admin = old.admin.clone();
+    (new.on_change, new.on_exit) = (old.on_change, old.on_exit);
+    new.profile = profile;
+    new.takeover = old.takeover.clone();
+    new.workers = old.workers.clone();
+    if !same_shape {
+        new.workloads = old.workloads.clone();
+    }
+    changes.into_iter().filter(|(changed, _)| *changed).map(|(_, what)| what).collect()
+}
+
+/// What of a workload stays for as long as weir runs.
+fn shape(captured: &Captured) -> impl PartialEq + use<'_> {
+    let Captured { inbound, name, namespace, outbound } = captured;
+    let inbound = inbound.as_ref().map(|inbound| (inbound.capture, inbound.listen));
+    let outbound = outbound.as_ref();
+    let outbound = outbound.map(|outbound| (outbound.capture, outbound.listen, &outbound.workload));
+    (inbound, name, namespace, outbound)
+}
+
+/// As at a start.
+fn refuse(new: &Config, running: &Running) -> Result<(), RunError> {
+    let here = |captured: &&Captured| captured.namespace == Namespace::Own;
+    let here: Vec<Captured> = new.workloads.iter().filter(here).cloned().collect();
+    let own_ports = OwnPorts::new(super::capturing::own_ports(new, &here));
+    start::refuse_loops(new, &own_ports)?;
+    let mut inbounds = new.workloads.iter().filter_map(|captured| captured.inbound.as_ref());
+    let keeps = inbounds.any(|inbound| inbound.source == SourceAddress::Keep);
+    if keeps && running.workers.iter().any(|worker| !worker.features().bind) {
+        return Err(RunError::NoBind);
+    }
+    Ok(())
+}
+
+/// Workers read their mail every turn.
+fn await_room(workers: &[Handle]) -> Result<(), ReloadError> {
+    let deadline = Instant::now() + ROOM_WITHIN;
+    while !workers.iter().all(Handle::has_room) {
+        if Instant::now() > deadline {
+            return Err(ReloadError::Busy);
+        }
+        std::thread::sleep(ROOM_LOOK);
+    }
+    Ok(())
+}
+
+/// A turn takes a millisecond at most.
+const ROOM_WITHIN: Duration = Duration::from_secs(1);
+const ROOM_LOOK: Duration = Duration::from_millis(1);

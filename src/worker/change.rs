@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A worker that goes on otherwise: listeners come, change and go, timeouts change.
+//!
+//! Invariant: no flow is dropped and nobody who was connected by the kernel is turned away.
+
+use std::os::fd::AsFd;
+
+use super::accept::State;
+use super::turn::{TimerTicks, Worker};
+use super::{Alteration, Change, Listener};
+use crate::op::{FlowId, Timer};
+use crate::profile::Timeouts;
+
+impl Worker {
+    /// All of it, between two turns.
+    pub(super) fn change(&mut self, change: Change) {
+        let Change { add, alter, retire, timeouts } = change;
+        for alteration in alter {
+            self.alter(alteration);
+        }
+        for listener in add {
+            self.add(listener);
+        }
+        for addr in retire {
+            if let Some(index) = self.listening.index_of(self.setup.home.number, addr) {
+                self.retire_listener(index);
+            }
+        }
+        self.retime(&timeouts);
+    }
+
+    fn alter(&mut self, alteration: Alteration) {
+        let Alteration { addr, place, proxy_protocol, route } = alteration;
+        let index = self.listening.index_of(place.number, addr);
+        let Some(state) = index.and_then(|index| self.listening.states.get_mut(index)) else {
+            return;
+        };
+        state.place = place;
+        state.proxy_protocol = proxy_protocol;
+        if let Some(route) = route {
+            state.route = route;
+        }
+    }
+
+    fn add(&mut self, listener: Listener) {
+        // The options were taken at the start; one that is refused now is missing, and no more.
+        let _ = self.ring.tune(listener.fd.as_fd());
+        let state = State::new(listener, self.setup.profile.limits.backlog);
+        match self.listening.states.iter_mut().find(|state| state.is_vacant()) {
+            Some(vacant) => *vacant = state,
+            None => self.listening.states.push(state),
+        }
+    }
+
+    /// Timers that are set already run out by the new times.
+    fn retime(&mut self, timeouts: &Timeouts) {
+        self.ticks = TimerTicks::new(timeouts);
+        for slot in (0..self.slab.slots()).map(FlowId::new) {
+            let Some(entry) = self.slab.entry(slot).filter(|entry| entry.flow.is_some()) else {
+                continue;
+            };
+            let Some(timer) = entry.times.timer else { continue };
+            let since =
+                if timer == Timer::Connect { entry.times.opened } else { entry.times.active };
+            match self.ticks.of(timer) {
+                Some(ticks) => self.wheel.set(slot.slot(), since.wrapping_add(ticks)),
+                None => self.wheel.clear(slot.slot()),
+            }
+        }
+    }
+}
