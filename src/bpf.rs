@@ -18,6 +18,7 @@ use aya::programs::{CgroupSockAddr, Program, ProgramError, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::sys::cgroup::{self, CgroupError};
+use crate::sys::process;
 use crate::sys::socket::netns_cookie;
 
 use control::{Control, Mode, Pulse};
@@ -297,6 +298,7 @@ impl ConnectHook {
                 None => links::create(program, attached.cgroup.as_fd(), part.place),
             };
             attached.links.push((part, link.map_err(refused)?));
+            process::made(part.name);
         }
         Ok(attached)
     }

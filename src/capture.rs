@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::bpf::{ConnectHook, HookError};
 use crate::sys::cgroup::CgroupError;
 use crate::sys::netlink::Changes;
+use crate::sys::process;
 
 use guard::Guard;
 
@@ -208,6 +209,7 @@ impl Prepared {
         let marks = plan.marks();
         let routes = (!marks.is_empty()).then(|| route::Routes::install(marks)).transpose()?;
         let table = Some(nft::Table::install(&draft)?);
+        process::made("table");
         // Before anything that it shall tell about is looked at for the first time.
         let changes = Changes::listen().ok();
         let mut capture = Capture { changes, guard: None, hooks, plan, routes, table };
@@ -217,7 +219,9 @@ impl Prepared {
             Some(text) => capture.guard = Some(Guard::install(text)?),
             None => guard::remove()?,
         }
+        process::made("guard");
         capture.hooks.iter().try_for_each(ConnectHook::settle)?;
+        process::made("pins");
         Ok(capture)
     }
 }

@@ -9,7 +9,7 @@ use std::io;
 use std::process::{Command, Stdio};
 
 use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, STEER_MARK};
-use crate::sys::netns;
+use crate::sys::{netns, process};
 
 /// Rules and routes. Dropping it removes them.
 #[derive(Debug)]
@@ -90,6 +90,7 @@ impl Routes {
             if !stands(&undo)? {
                 change(&apply)?;
             }
+            process::made(&apply);
         }
         Ok(routes)
     }

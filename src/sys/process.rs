@@ -48,6 +48,15 @@ pub fn block_signals() -> io::Result<()> {
     Ok(SigSet::all().thread_block()?)
 }
 
+/// An object named `step` stands. In builds with debug assertions the process dies by SIGKILL here if
+/// `WEIR_DIE_AFTER` says so: tests look what is left. In release builds this is nothing.
+pub fn made(step: &str) {
+    if cfg!(debug_assertions) && std::env::var("WEIR_DIE_AFTER").is_ok_and(|last| last == step) {
+        // A process may always kill itself.
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
 /// Nanoseconds of `CLOCK_MONOTONIC`, the clock of `bpf_ktime_get_ns`.
 #[must_use]
 pub fn monotonic_ns() -> u64 {

@@ -7,12 +7,14 @@
 
 mod checks;
 mod copy;
+mod crash;
 mod half_close;
 mod harness;
 mod hook;
 mod inbound;
 mod life;
 mod limits;
+mod loops;
 mod outbound;
 mod peers;
 mod proxy_protocol;
