@@ -170,21 +170,11 @@ impl Flow {
                 Err(Errno(ECANCELED | EAGAIN | EINTR)) => {}
                 Err(_) => return Err(CloseReason::reset_by(side)),
             },
-            Completion::Sent { from, result } => {
-                let sent = match result {
-                    Ok(bytes) => self.sent(from, segments, bytes),
-                    Err(Errno(EAGAIN | EINTR)) => {
-                        self.half(from).copying.ended_send();
-                        true
-                    }
-                    Err(_) => false,
-                };
-                // The error that cut it short was swallowed, and the next receive on that socket
-                // would look like FIN (`sk_stream_error` in net/core/stream.c takes `sk_err`).
-                if !sent {
-                    return Err(CloseReason::reset_by(from.other()));
-                }
-            }
+            Completion::Sent { from, result } => match result {
+                Ok(bytes) => self.sent(from, segments, bytes),
+                Err(Errno(EAGAIN | EINTR)) => self.half(from).copying.ended_send(),
+                Err(_) => return Err(CloseReason::reset_by(from.other())),
+            },
             Completion::Spliced { drained, filled, from } => {
                 let half = self.half(from);
                 half.moved_bytes += u64::from(drained.unwrap_or(0));
@@ -300,13 +290,13 @@ impl Flow {
         ops.push(op);
     }
 
-    /// The socket took so many bytes; false if not all that it was asked to take.
-    fn sent(&mut self, from: Side, segments: &mut Segments, bytes: u32) -> bool {
+    /// The socket took so many bytes.
+    fn sent(&mut self, from: Side, segments: &mut Segments, bytes: u32) {
         let lead = if from == Side::Downstream { bytes.min(self.lead_bytes) } else { 0 };
         self.lead_bytes -= lead;
         let half = self.half(from);
         half.moved_bytes += u64::from(bytes - lead);
-        half.copying.sent(segments, bytes)
+        half.copying.sent(segments, bytes);
     }
 
     /// A pool is empty: a bulky direction takes small buffers, a small one waits its turn.
@@ -352,7 +342,9 @@ impl Flow {
             return self.finish_closing(segments, ops);
         }
         for from in Side::BOTH {
-            if self.half(from).is_flushed() {
+            // What looks like FIN on a broken connection must not pass for one.
+            let is_doubtful = self.half(from.other()).copying.is_doubtful();
+            if self.half(from).is_flushed() && !is_doubtful {
                 self.half(from).target = Target::Ended;
                 self.request(Op::Shutdown(from.other()), ops);
             }

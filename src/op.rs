@@ -234,7 +234,7 @@ pub enum Completion {
     Sent {
         /// The half, named by the side it reads from.
         from: Side,
-        /// Bytes the kernel took; fewer than were asked only where the connection is broken.
+        /// Bytes the kernel took, perhaps fewer than were asked; an error if the connection broke.
         result: Result<u32, Errno>,
     },
     /// FIN was sent on `side`, or could not be.

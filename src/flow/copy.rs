@@ -14,6 +14,7 @@ use crate::op::{Op, Pool, Request, SEGMENTS_PER_SEND_MAX, Segment, Side};
 pub(super) struct Copying {
     pub(super) queue: Queue,
     burst: Burst,
+    is_doubtful: bool,
     receive: Receive,
     /// Segments of the send in flight; 0 if there is none.
     sending: u16,
@@ -44,6 +45,7 @@ impl Copying {
     pub(super) const fn new() -> Copying {
         Copying {
             burst: Burst { bytes: 0, count: 0, pool: Pool::Small },
+            is_doubtful: false,
             queue: Queue::new(),
             receive: Receive::Idle,
             sending: 0,
@@ -91,12 +93,17 @@ impl Copying {
         }
     }
 
-    /// The socket took so many bytes; false if not all that it was asked to take, which it does
-    /// only when its connection is broken.
-    pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) -> bool {
+    /// The socket took so many bytes. Fewer than it was asked to may mean that its connection broke
+    /// and the error was swallowed (`sk_stream_error` in net/core/stream.c takes `sk_err`).
+    pub(super) fn sent(&mut self, segments: &mut Segments, bytes: u32) {
         let before = self.queue.count();
         segments.advance(&mut self.queue, bytes);
-        before - self.queue.count() == std::mem::take(&mut self.sending)
+        self.is_doubtful = before - self.queue.count() < std::mem::take(&mut self.sending);
+    }
+
+    /// The last send was cut short: only the next one tells whether the connection is broken.
+    pub(super) const fn is_doubtful(&self) -> bool {
+        self.is_doubtful
     }
 
     /// The send ended before it took anything.

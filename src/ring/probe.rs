@@ -68,8 +68,8 @@ pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     }
     let (ours, theirs) = UnixStream::pair().map_err(step("make sockets for the probe"))?;
     ring.adopt(SLOT, ours.into());
-    let receive_limit = limit_works(ring, &theirs)?;
-    let descriptor_install = install_works(ring)?;
+    let receive_limit = limit_works(ring, &theirs)? && !is_withheld("receive_limit");
+    let descriptor_install = install_works(ring)? && !is_withheld("descriptor_install");
     ring.close(SLOT, Side::Downstream, false);
     let deferred_work = ring.features.deferred_work;
     let splice = descriptor_install && splice_works();
@@ -108,6 +108,14 @@ fn install_works(ring: &mut Ring) -> Result<bool, RingError> {
     let event = await_event(ring, Kind::ShutdownDownstream)?;
     ring.features.descriptor_install = false;
     Ok(event.result == 0)
+}
+
+/// Whether a test wants this feature to be lacking (`WEIR_WITHOUT=receive_limit,deferred_work`), so
+/// that the ways of older kernels are tried on newer ones. Only where debug assertions are on.
+pub(super) fn is_withheld(feature: &str) -> bool {
+    cfg!(debug_assertions)
+        && std::env::var("WEIR_WITHOUT")
+            .is_ok_and(|list| list.split(',').any(|word| word == feature))
 }
 
 fn tcp_socket() -> io::Result<Socket> {

@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::thread::scope;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
@@ -78,6 +78,31 @@ fn reset_often(net: &Net, listen: &str, listener: &TcpListener, seed: u64, round
             assert!(came.is_err(), "round {round}: EOF after {came:?} of {before} bytes");
         });
     }
+}
+
+/// RL8: the last byte of a large block waits for nothing behind it.
+#[test]
+fn last_byte_of_a_large_block_comes_at_once() {
+    let rig = Rig::new();
+    let (client, mut server) = rig.pair();
+    let mut block = vec![7; 1_000_001];
+    let mut waits: Vec<Duration> = (0..30)
+        .map(|_| {
+            let (block_out, mut writer) = (block.clone(), client.try_clone().unwrap());
+            let sender = std::thread::spawn(move || writer.write_all(&block_out).unwrap());
+            server.read_exact(&mut block[1..]).unwrap();
+            let began = Instant::now();
+            server.read_exact(&mut block[..1]).unwrap();
+            sender.join().unwrap();
+            began.elapsed()
+        })
+        .collect();
+    waits.sort_unstable();
+    // A delayed acknowledgement or a corked socket would add 40 or 200 ms each time.
+    assert!(waits[waits.len() / 2] < Duration::from_millis(20), "{waits:?}");
+    client.shutdown(Shutdown::Both).unwrap();
+    drop((client, server));
+    rig.end();
 }
 
 /// RL9: a peer that is gone without a word is found out, idle or with bytes on their way.

@@ -50,6 +50,40 @@ fn refused_ring_is_one_clear_line() {
     }
 }
 
+/// IO2: what an older kernel lacks is done another way: said, counted, and not a byte is lost.
+#[test]
+fn ways_of_older_kernels_lose_nothing() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    echo(listener);
+    let all = ["receive_limit", "descriptor_install", "deferred_work"];
+    let every = all.join(",");
+    for without in all.into_iter().chain([every.as_str()]) {
+        let starter = ["env", &format!("WEIR_WITHOUT={without}")];
+        let weir = Weir::under(&net, &starter, &FORWARD);
+        for feature in without.split(',') {
+            let label = format!("from=\"{feature}\"");
+            assert_eq!(weir.metric("weir_fallback_total", &[&label]), 1, "{feature}");
+        }
+        scope(|scope| {
+            for seed in 0..16 {
+                let mut reader = net.connect(Place::Client, LISTEN);
+                let mut writer = reader.try_clone().unwrap();
+                scope.spawn(move || {
+                    send(&mut writer, seed, 3_000_000).unwrap();
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                scope.spawn(move || {
+                    check(&mut reader, seed, 3_000_000);
+                    expect_eof(&reader);
+                });
+            }
+        });
+        assert_eq!(weir.closed("finished"), 16, "{without}");
+        weir.end(&net);
+    }
+}
+
 /// IO3, IO10: far too few buffers for everybody: all wait their turn and nobody loses a byte.
 #[test]
 fn starved_flows_wait_and_lose_nothing() {
