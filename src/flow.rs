@@ -142,9 +142,10 @@ impl Flow {
             return;
         }
         if let Err(reason) = self.take(completion, rules, segments, ops) {
-            return self.abort(reason, segments, ops);
+            return self.close(reason, segments, ops);
         }
         match completion {
+            Completion::Deaf => self.watch(ops),
             Completion::Connected(_) | Completion::Installed { .. } => {
                 Side::BOTH.into_iter().for_each(|from| self.drive(from, rules, ops));
             }
@@ -199,6 +200,10 @@ impl Flow {
                 return Err(CloseReason::reset_by(side));
             }
             Completion::BuffersFree(side) => self.half(side).copying.feed(),
+            Completion::Stirred { is_broken: true, side, .. } => {
+                return Err(CloseReason::reset_by(side));
+            }
+            Completion::Deaf | Completion::Stirred { is_broken: false, .. } => {}
             Completion::Expired(timer) => return Err(timer.into()),
             Completion::Expelled(reason) => return Err(reason),
         }
@@ -229,6 +234,14 @@ impl Flow {
     #[must_use]
     pub fn is_connecting(&self) -> bool {
         self.in_flight.contains(Request::Connect)
+    }
+
+    /// A reset of one of the sides would go unnoticed: nothing is in flight that waits for it, as
+    /// where its reader has stalled or its FIN has come. A short while of it costs nothing; say
+    /// `Completion::Deaf` when it lasts.
+    #[must_use]
+    pub fn is_deaf(&self) -> bool {
+        Side::BOTH.into_iter().any(|side| self.wants_watch(side))
     }
 
     /// Bytes read from `from` that the other side's socket has taken; without the lead.
@@ -267,6 +280,25 @@ impl Flow {
         match from {
             Side::Downstream => &mut self.from_downstream,
             Side::Upstream => &mut self.from_upstream,
+        }
+    }
+
+    fn wants_watch(&self, side: Side) -> bool {
+        let (half, is_connected) = match side {
+            Side::Downstream => (&self.from_downstream, true),
+            Side::Upstream => (&self.from_upstream, self.state == State::Relaying),
+        };
+        let lives = matches!(self.state, State::Connecting | State::Relaying);
+        lives && is_connected && half.is_deaf() && !self.in_flight.contains(Request::Watch(side))
+    }
+
+    /// Has deaf sides watched, from now to the end: that costs less than to begin and end it with
+    /// each pause.
+    fn watch(&mut self, ops: &mut Ops) {
+        for side in Side::BOTH {
+            if self.wants_watch(side) {
+                self.request(Op::Watch(side), ops);
+            }
         }
     }
 
@@ -338,8 +370,7 @@ impl Flow {
     fn finish(&mut self, segments: &mut Segments, ops: &mut Ops) {
         let done = |half: &Half| half.is_flushed() || half.target == Target::Ended;
         if done(&self.from_downstream) && done(&self.from_upstream) {
-            self.state = State::Closing(CloseReason::Finished);
-            return self.finish_closing(segments, ops);
+            return self.close(CloseReason::Finished, segments, ops);
         }
         for from in Side::BOTH {
             // What looks like FIN on a broken connection must not pass for one.
@@ -351,8 +382,8 @@ impl Flow {
         }
     }
 
-    /// Ends the flow with a reset on both sides.
-    fn abort(&mut self, reason: CloseReason, segments: &mut Segments, ops: &mut Ops) {
+    /// Ends the flow, with a reset on both sides unless it has finished.
+    fn close(&mut self, reason: CloseReason, segments: &mut Segments, ops: &mut Ops) {
         self.state = State::Closing(reason);
         for request in InFlight::CANCELLABLE {
             if self.in_flight.contains(request) {
@@ -404,6 +435,7 @@ impl Completion {
             Completion::Sent { from, .. } => Some(Request::Send(from)),
             Completion::ShutDown { side, .. } => Some(Request::Shutdown(side)),
             Completion::Spliced { from, .. } => Some(Request::Splice(from)),
+            Completion::Stirred { side, more: false, .. } => Some(Request::Watch(side)),
             _ => None,
         }
     }
@@ -411,7 +443,9 @@ impl Completion {
     /// The direction that has something new to do, named by the side it reads from.
     const fn half(self) -> Side {
         match self {
-            Completion::BuffersFree(side) | Completion::Received { side, .. } => side,
+            Completion::BuffersFree(side)
+            | Completion::Received { side, .. }
+            | Completion::Stirred { side, .. } => side,
             Completion::Ready { from }
             | Completion::Sent { from, .. }
             | Completion::Spliced { from, .. } => from,
@@ -431,6 +465,7 @@ impl Op {
             Op::Send { from, .. } => Some(Request::Send(from)),
             Op::Shutdown(side) => Some(Request::Shutdown(side)),
             Op::Splice { from, .. } => Some(Request::Splice(from)),
+            Op::Watch(side) => Some(Request::Watch(side)),
             Op::AwaitBuffers(_) | Op::Cancel(_) | Op::Close { .. } | Op::Uninstall => None,
         }
     }
@@ -438,7 +473,7 @@ impl Op {
 
 impl InFlight {
     /// What may wait for a peer. The FIN, a descriptor and a step of a pipe never do.
-    const CANCELLABLE: [Request; 7] = [
+    const CANCELLABLE: [Request; 9] = [
         Request::Await(Side::Downstream),
         Request::Await(Side::Upstream),
         Request::Connect,
@@ -446,6 +481,8 @@ impl InFlight {
         Request::Receive(Side::Upstream),
         Request::Send(Side::Downstream),
         Request::Send(Side::Upstream),
+        Request::Watch(Side::Downstream),
+        Request::Watch(Side::Upstream),
     ];
 
     const fn bit(request: Request) -> u16 {
@@ -457,6 +494,7 @@ impl InFlight {
             Request::Await(side) => 128 << side as u8,
             Request::Install(side) => 512 << side as u8,
             Request::Splice(side) => 2048 << side as u8,
+            Request::Watch(side) => 8192 << side as u8,
         }
     }
 

@@ -143,6 +143,8 @@ pub enum Op {
     },
     /// Give back the descriptors of both sides.
     Uninstall,
+    /// Say `Completion::Stirred` whenever FIN has come on this side's socket, or it broke.
+    Watch(Side),
 }
 
 /// What a direction can wait for.
@@ -175,6 +177,8 @@ pub enum Request {
     Shutdown(Side),
     /// The step of the pipe that is filled from this side.
     Splice(Side),
+    /// The watch over this side's socket.
+    Watch(Side),
 }
 
 /// An errno, as the kernel gave it.
@@ -205,6 +209,8 @@ pub enum Completion {
     BuffersFree(Side),
     /// The open chain ended.
     Connected(Result<(), Errno>),
+    /// The flow has had a deaf side for a while: see `Flow::is_deaf`.
+    Deaf,
     /// Control wants the flow gone now.
     Expelled(CloseReason),
     /// A timer ran out.
@@ -255,6 +261,15 @@ pub enum Completion {
         filled: Result<u32, Errno>,
         /// The half, named by the side it reads from.
         from: Side,
+    },
+    /// FIN has come on `side`, or its connection broke.
+    Stirred {
+        /// It broke.
+        is_broken: bool,
+        /// More completions of the same request will follow.
+        more: bool,
+        /// Whose socket.
+        side: Side,
     },
 }
 
@@ -342,6 +357,10 @@ pub enum Kind {
     SpliceUpstream = 16,
     /// A connection that is no flow yet may be looked at; `flow` is its slot.
     Peek = 17,
+    /// The watch over the downstream socket.
+    WatchDownstream = 18,
+    /// The watch over the upstream socket.
+    WatchUpstream = 19,
 }
 
 impl Kind {
@@ -362,6 +381,8 @@ impl Kind {
             Request::Shutdown(Side::Upstream) => Kind::ShutdownUpstream,
             Request::Splice(Side::Downstream) => Kind::SpliceDownstream,
             Request::Splice(Side::Upstream) => Kind::SpliceUpstream,
+            Request::Watch(Side::Downstream) => Kind::WatchDownstream,
+            Request::Watch(Side::Upstream) => Kind::WatchUpstream,
         }
     }
 
@@ -374,7 +395,8 @@ impl Kind {
             | Kind::ReceiveUpstream
             | Kind::SendUpstream
             | Kind::ShutdownUpstream
-            | Kind::SpliceUpstream => Side::Upstream,
+            | Kind::SpliceUpstream
+            | Kind::WatchUpstream => Side::Upstream,
             _ => Side::Downstream,
         }
     }
@@ -398,6 +420,8 @@ impl Kind {
             15 => Kind::SpliceDownstream,
             16 => Kind::SpliceUpstream,
             17 => Kind::Peek,
+            18 => Kind::WatchDownstream,
+            19 => Kind::WatchUpstream,
             _ => return None,
         })
     }

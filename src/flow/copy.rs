@@ -67,6 +67,11 @@ impl Copying {
         self.receive == Receive::Idle
     }
 
+    /// A receive is in flight, and would tell that the connection broke.
+    pub(super) fn is_listening(&self) -> bool {
+        matches!(self.receive, Receive::Armed | Receive::Cancelled)
+    }
+
     pub(super) fn push(&mut self, segments: &mut Segments, segment: Segment) {
         self.burst.add(segment.len);
         segments.push(&mut self.queue, segment);

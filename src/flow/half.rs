@@ -75,6 +75,14 @@ impl Half {
             && self.splicing.is_over()
     }
 
+    /// Nothing in flight would tell that the connection of the source broke.
+    pub(super) fn is_deaf(&self) -> bool {
+        match self.path {
+            Path::Copy | Path::Leaving => !self.copying.is_listening(),
+            Path::Splice => !self.splicing.is_listening(),
+        }
+    }
+
     /// Changes the path where it is empty and another one serves better; true if it did, and then
     /// there may be more to change. `lent`: the descriptors of both sides are here.
     pub(super) fn steer(&mut self, rules: &Rules, lent: bool) -> bool {

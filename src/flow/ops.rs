@@ -11,8 +11,8 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// The most one step can ask for: seven cancels and two closes.
-    pub const MAX: usize = 9;
+    /// The most one step can ask for: nine cancels and two closes.
+    pub const MAX: usize = 11;
 
     /// Nothing asked yet.
     #[must_use]

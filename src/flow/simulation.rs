@@ -14,13 +14,14 @@
 //!    flow that can go on does.
 //! 6. Once a connection has broken, no FIN is sent: the other end must not take it for the end.
 //! 7. What is spliced is not received and sent at the same time.
+//! 8. A flow that was told that it is deaf has something in flight that hears each side break.
 //!
 //! Replay one with `WEIR_SEED=<n> cargo test --lib simulation`.
 
 use std::collections::VecDeque;
 
 use super::*;
-use crate::op::BufferId;
+use crate::op::{BufferId, Readiness};
 
 const SEEDS: u64 = 40_000;
 const BUFFERS: u16 = 12;
@@ -145,6 +146,10 @@ impl World {
                 }
                 Op::Uninstall => self.uninstall(),
                 Op::Shutdown(_) => assert!(!self.broken, "FIN after a connection broke"),
+                Op::Watch(side) => {
+                    let is_dialling = flow.is_connecting() && side == Side::Upstream;
+                    assert!(!is_dialling, "watches a socket that is not there");
+                }
                 Op::Await { .. } | Op::Connect | Op::Install(_) => {}
             }
         }
@@ -196,6 +201,9 @@ impl World {
             let all = [Timer::Connect, Timer::HalfClosed, Timer::Idle];
             return Some(Completion::Expired(all[self.random.below(3) as usize]));
         }
+        if self.random.one_in(30) {
+            return Some(Completion::Deaf);
+        }
         let waiting = self.starved.len();
         let pick = self.random.below((self.in_flight.len() + waiting).max(1) as u64) as usize;
         if pick < self.in_flight.len() {
@@ -223,6 +231,9 @@ impl World {
         if let Op::Receive { side, .. } = op {
             return Some(self.receive(index, side, op, errno));
         }
+        if let Op::Watch(side) = op {
+            return Some(self.watch(index, side, errno));
+        }
         self.end(index, request);
         Some(match op {
             Op::Await { from, .. } => Completion::Ready { from },
@@ -235,6 +246,27 @@ impl World {
                 Completion::ShutDown { side, result: errno.map_or(Ok(()), Err) }
             }
             _ => Completion::Connected(errno.map_or(Ok(()), Err)),
+        })
+    }
+
+    /// A watch tells of a broken connection, of FIN, or that it has ended.
+    fn watch(&mut self, index: usize, side: Side, errno: Option<Errno>) -> Completion {
+        let is_broken = errno.is_some_and(|errno| errno != Errno(ECANCELED));
+        let more = errno != Some(Errno(ECANCELED)) && !self.random.one_in(4);
+        self.broken |= is_broken && !self.cancelled.contains(&Request::Watch(side));
+        if !more {
+            self.end(index, Request::Watch(side));
+        }
+        Completion::Stirred { is_broken, more, side }
+    }
+
+    /// Something in flight waits for what `side` has to say.
+    fn hears(&self, side: Side) -> bool {
+        self.in_flight.iter().any(|(_, op)| match *op {
+            Op::Receive { side: of, .. } | Op::Watch(of) => of == side,
+            Op::Splice { from, .. } => from == side,
+            Op::Await { from, readiness } => from == side && readiness == Readiness::Readable,
+            _ => false,
         })
     }
 
@@ -395,6 +427,10 @@ fn live(seed: u64) -> (CloseReason, [u64; 2]) {
             world.changes[relay as usize] += 1;
         }
         world.carry(&flow, &mut ops);
+        if completion == Completion::Deaf && flow.timer().is_some() {
+            assert!(!flow.is_deaf() && world.hears(Side::Downstream));
+            assert!(flow.is_connecting() || world.hears(Side::Upstream));
+        }
         for side in Side::BOTH {
             let held = flow.queue(side);
             let window = world.rules.window_bytes.max(lead_bytes);

@@ -58,6 +58,11 @@ impl Splicing {
         self.held_bytes == 0 && matches!(self.state, State::Blocked(_) | State::Due)
     }
 
+    /// A step or a wait for bytes is in flight, and would tell that the connection broke.
+    pub(super) const fn is_listening(&self) -> bool {
+        matches!(self.state, State::Stepping | State::Waiting(Readiness::Readable))
+    }
+
     /// Copy would serve better.
     pub(super) const fn wants_out(&self) -> bool {
         self.wants_out

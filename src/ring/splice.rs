@@ -38,6 +38,14 @@ impl Ring {
         self.push(poll.user_data(token.raw()));
     }
 
+    /// Makes an event, with the events of poll(2) as its result, whenever FIN has come on the
+    /// socket or its connection broke. The kernel adds all that is not said here.
+    pub fn watch(&mut self, token: Token, side: Side) {
+        let fd = self.socket(token.flow(), side);
+        let poll = opcode::PollAdd::new(fd, POLLRDHUP).multi(true);
+        self.push(poll.build().user_data(token.raw()));
+    }
+
     /// Asks for one step of the pipe that is filled from `from`: at most `room_bytes` into it, then
     /// as much out of it as the other side takes.
     pub fn splice(&mut self, token: Token, from: Side, held_bytes: u32, room_bytes: u32) {

@@ -483,6 +483,27 @@ fn cancelled_receive_ends_once() {
 }
 
 #[test]
+fn watch_hears_fin_and_a_reset_and_no_byte() {
+    let mut bench = Bench::open();
+    let mut peer = bench.joined(0);
+    let watch = token(Kind::WatchDownstream, 0, 1);
+    bench.ring.watch(watch, Side::Downstream);
+    peer.write_all(b"unread").unwrap();
+    bench.assert_silent();
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    let has_error = |event: Event| event.result & i32::from(libc::POLLERR) != 0;
+    let fin = bench.next(Kind::WatchDownstream);
+    assert!(!has_error(fin) && fin.more, "{fin:?}");
+    bench.assert_silent();
+    socket2::SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(peer);
+    let reset = bench.next(Kind::WatchDownstream);
+    assert!(has_error(reset) && reset.more, "{reset:?}");
+    bench.ring.cancel(watch);
+    assert_eq!(result_of(bench.next(Kind::WatchDownstream)), (watch, -libc::ECANCELED, false));
+}
+
+#[test]
 fn cancel_of_what_ended_in_the_same_turn_is_not_repeated() {
     let mut bench = Bench::open();
     for generation in 0..3 {

@@ -54,6 +54,10 @@ pub(super) struct Peers {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) active: u32,
+    /// Since when it has had a deaf side (`Flow::is_deaf`).
+    pub(super) deaf_since: Option<u32>,
+    /// The timer of its slot also stands for a look at that.
+    pub(super) look_due: bool,
     pub(super) opened: u32,
     /// The timer that is set; `None` once the flow is on its way out.
     pub(super) timer: Option<Timer>,
@@ -104,7 +108,7 @@ impl Slab {
         entry.flow = Some(flow);
         entry.peers = peers;
         entry.redials = 0;
-        entry.times = Times { active: now, opened: now, timer: None };
+        entry.times = Times { active: now, opened: now, ..Times::UNSET };
         self.occupied += 1;
         Some(entry.generation)
     }
@@ -145,6 +149,11 @@ impl Slab {
     }
 }
 
+impl Times {
+    const UNSET: Times =
+        Times { active: 0, deaf_since: None, look_due: false, opened: 0, timer: None };
+}
+
 impl Entry {
     const fn vacant(peers: Peers) -> Entry {
         Entry {
@@ -153,7 +162,7 @@ impl Entry {
             peers,
             queued_for_buffers: 0,
             redials: 0,
-            times: Times { active: 0, opened: 0, timer: None },
+            times: Times::UNSET,
         }
     }
 

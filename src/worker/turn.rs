@@ -12,7 +12,7 @@ use super::accept::Listening;
 use super::breaker::Breaker;
 use super::mailbox::{Letter, Mailbox};
 use super::peek::Peeking;
-use super::slab::{Peers, Slab};
+use super::slab::{Entry, Peers, Slab, Times};
 use super::trial::Trial;
 use super::wheel::{Clock, Wheel};
 use super::{FlowRow, Setup};
@@ -57,6 +57,8 @@ pub(super) struct Worker {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TimerTicks {
     connect: u32,
+    /// How long a flow may have a deaf side before it is watched.
+    deaf: u32,
     half_closed: u32,
     idle: Option<u32>,
 }
@@ -164,7 +166,9 @@ impl Worker {
         let before = Side::BOTH.map(|from| (flow.relay(from), flow.moved_bytes(from)));
         let mut ops = Ops::new();
         flow.step(completion, &self.rules, &mut self.segments, &mut ops);
-        entry.times.active = self.clock.now();
+        if completion != Completion::Deaf {
+            entry.times.active = self.clock.now();
+        }
         if was_connecting && !flow.is_connecting() {
             self.listening.connect_ended();
         }
@@ -221,6 +225,7 @@ impl Worker {
                     self.ring.splice(token, from, held_bytes, room_bytes);
                 }
                 Op::Uninstall => self.ring.uninstall(slot),
+                Op::Watch(side) => self.ring.watch(token(Kind::of(Request::Watch(side))), side),
             }
         }
     }
@@ -240,12 +245,25 @@ impl Worker {
             self.services.ended(peers.endpoint);
             return self.listening.flow_ended(&peers);
         }
+        let (now, times) = (self.clock.now(), &mut entry.times);
         let timer = flow.timer();
-        if timer != entry.times.timer {
-            entry.times.timer = timer;
+        if timer != times.timer {
+            times.timer = timer;
+            times.look_due = false;
             match timer.and_then(|timer| self.ticks.of(timer)) {
-                Some(ticks) => self.wheel.set(slot.slot(), self.clock.now().wrapping_add(ticks)),
+                Some(ticks) => self.wheel.set(slot.slot(), now.wrapping_add(ticks)),
                 None => self.wheel.clear(slot.slot()),
+            }
+        }
+        if !flow.is_deaf() {
+            times.deaf_since = None;
+        } else if times.deaf_since.is_none() {
+            times.deaf_since = Some(now);
+            if !times.look_due {
+                times.look_due = true;
+                let look = now.wrapping_add(self.ticks.deaf);
+                let timer = self.ticks.deadline(times);
+                self.wheel.set(slot.slot(), timer.map_or(look, |timer| earlier(timer, look)));
             }
         }
     }
@@ -273,24 +291,30 @@ impl Worker {
     }
 
     /// Timers are set once and looked at when they run out: a flow that moved bytes since gets
-    /// the rest of its time.
+    /// the rest of its time, and so does one that was not deaf all the while.
     fn expire(&mut self) {
         let now = self.clock.now();
+        let is_over = |deadline: u32| deadline.wrapping_sub(now).cast_signed() <= 0;
         while let Some(slot) = self.wheel.expired(now) {
             let slot = FlowId::new(slot);
             if self.is_given_up(slot) {
                 continue;
             }
-            let Some(entry) = self.slab.entry(slot) else { continue };
-            let Some(timer) = entry.times.timer else { continue };
-            let Some(ticks) = self.ticks.of(timer) else { continue };
-            let since =
-                if timer == Timer::Connect { entry.times.opened } else { entry.times.active };
-            let deadline = since.wrapping_add(ticks);
-            if deadline.wrapping_sub(now).cast_signed() > 0 {
-                self.wheel.set(slot.slot(), deadline);
-            } else {
+            let Some(Entry { times, .. }) = self.slab.entry(slot) else { continue };
+            let deadline = self.ticks.deadline(times);
+            if let Some(timer) = times.timer.filter(|_| deadline.is_some_and(is_over)) {
                 self.step(slot, Completion::Expired(timer));
+                continue;
+            }
+            let look = times.deaf_since.map(|since| since.wrapping_add(self.ticks.deaf));
+            let is_deaf = look.is_some_and(is_over);
+            let look = look.filter(|_| !is_deaf);
+            times.look_due = look.is_some();
+            if let Some(next) = [deadline, look].into_iter().flatten().reduce(earlier) {
+                self.wheel.set(slot.slot(), next);
+            }
+            if is_deaf {
+                self.step(slot, Completion::Deaf);
             }
         }
     }
@@ -367,6 +391,7 @@ impl TimerTicks {
     pub(super) fn new(timeouts: &Timeouts) -> TimerTicks {
         TimerTicks {
             connect: Clock::ticks(timeouts.connect),
+            deaf: Clock::ticks(DEAF_MAX),
             half_closed: Clock::ticks(timeouts.half_closed),
             idle: (!timeouts.idle.is_zero()).then(|| Clock::ticks(timeouts.idle)),
         }
@@ -378,6 +403,13 @@ impl TimerTicks {
             Timer::HalfClosed => Some(self.half_closed),
             Timer::Idle => self.idle,
         }
+    }
+
+    /// When the flow's timer runs out; `None` for never.
+    fn deadline(self, times: &Times) -> Option<u32> {
+        let timer = times.timer?;
+        let since = if timer == Timer::Connect { times.opened } else { times.active };
+        Some(since.wrapping_add(self.of(timer)?))
     }
 }
 
@@ -410,8 +442,17 @@ fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Compl
         }
         // Steps come by themselves, not as events.
         Kind::SpliceDownstream | Kind::SpliceUpstream => return None,
+        Kind::WatchDownstream | Kind::WatchUpstream => {
+            let is_broken = count.is_ok_and(|events| events & POLLERR != 0);
+            Completion::Stirred { is_broken, more, side }
+        }
         Kind::Accept | Kind::Mailbox | Kind::Peek | Kind::Quiet => return None,
     })
+}
+
+/// Of two ticks that are not far apart.
+const fn earlier(one: u32, other: u32) -> u32 {
+    if one.wrapping_sub(other).cast_signed() < 0 { one } else { other }
 }
 
 /// As the kernel says it: a count, or a negated errno.
@@ -419,6 +460,10 @@ fn count(result: i32) -> Result<u32, Errno> {
     u32::try_from(result).map_err(|_| Errno(-result))
 }
 
+/// In the events of a watch (poll(2)). A hang-up alone does not tell: FIN both ways looks alike.
+const POLLERR: u32 = 8;
+/// A reset of a stalled flow is passed on that late; long enough for no busy flow to be watched.
+const DEAF_MAX: Duration = Duration::from_millis(250);
 const MAILBOX: Token = Token::new(Kind::Mailbox, FlowId::new(0), 0);
 /// Each moves up to a pipe's worth: together a few milliseconds at most.
 const STEPS_PER_TURN_MAX: usize = 32;

@@ -2,7 +2,7 @@
 //! What holds in every relay: resets, back-pressure, urgent data, every byte of a long stream.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::scope;
 use std::time::{Duration, Instant};
@@ -67,17 +67,7 @@ fn reset_behind_a_blocked_send_is_no_end_of_stream() {
             let (client, server) = rig.pair();
             let (mut writer, mut other) =
                 if round % 2 == 0 { (client, server) } else { (server, client) };
-            writer.set_nonblocking(true).unwrap();
-            // Until both sockets and what weir holds are full: nobody reads at the other end.
-            let mut taken = 0;
-            until("the writer is stopped", || {
-                let before = taken;
-                while let Ok(bytes) = writer.write(&[1; 65536]) {
-                    taken += bytes;
-                }
-                taken > 0 && taken == before
-            });
-            writer.set_nonblocking(false).unwrap();
+            fill(&writer);
             scope(|scope| {
                 scope.spawn(|| expect_reset(&mut writer));
                 other.write_all(b"an answer that is not whole").unwrap();
@@ -95,6 +85,52 @@ fn reset_behind_a_blocked_send_is_no_end_of_stream() {
         assert!(left <= 4, "{relay}: {left} ends of pipes of dead flows are left");
         rig.end();
     }
+}
+
+/// RL4: a reset is passed on at once although nothing is read from who sent it: because the other end
+/// does not read, or because FIN has come before.
+#[test]
+fn reset_behind_a_pause_is_passed_on_within_a_second() {
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        for round in 0..8 {
+            let (client, server) = rig.pair();
+            let (sender, mut reader) =
+                if round % 2 == 0 { (client, server) } else { (server, client) };
+            if round / 2 % 2 == 0 {
+                fill(&sender);
+            } else {
+                sender.shutdown(Shutdown::Write).unwrap();
+                expect_eof(&reader);
+            }
+            // The pause has only begun, or lasts.
+            std::thread::sleep(Duration::from_millis(100 * (round & 4)));
+            let began = Instant::now();
+            SockRef::from(&sender).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(sender);
+            let resets = || rig.weir.closed("downstream_reset") + rig.weir.closed("upstream_reset");
+            until("the reset is counted", || resets() == round + 1);
+            until("both sockets are gone", || rig.net.sockets().is_empty());
+            let late = began.elapsed();
+            assert!(late < Duration::from_secs(1), "{relay} {round}: after {late:?}");
+            expect_reset(&mut reader);
+        }
+        rig.end();
+    }
+}
+
+/// Writes until both sockets and what weir holds are full: nobody reads at the other end.
+fn fill(mut writer: &TcpStream) {
+    writer.set_nonblocking(true).unwrap();
+    let mut taken = 0;
+    until("the writer is stopped", || {
+        let before = taken;
+        while let Ok(bytes) = writer.write(&[1; 65536]) {
+            taken += bytes;
+        }
+        taken > 0 && taken == before
+    });
+    writer.set_nonblocking(false).unwrap();
 }
 
 /// RL3: a reader that stops makes the writer stop within bounds, and keeps it stopped; memory stays
