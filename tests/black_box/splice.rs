@@ -4,10 +4,11 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Output};
+use std::sync::atomic::AtomicU64;
 use std::thread::scope;
 use std::time::{Duration, Instant};
 
-use crate::harness::rig::{LISTEN, Paced, Rig};
+use crate::harness::rig::{Counted, LISTEN, Paced, Rig, until_stopped};
 use crate::harness::{Net, Place, Weir, check, echo, said, send, until, weir};
 
 const EAGER: &str = "relay: { splice_after_bytes: 100000, splice_fullness_percent: 5 }";
@@ -54,6 +55,40 @@ fn auto_splices_the_bulky_direction_while_it_is_bulky() {
     // The pipe stays in reserve; the descriptors of both sockets are given back.
     assert_eq!(rig.weir.descriptors("pipe:"), pipes + 2);
     until("descriptors are given back", || rig.weir.descriptors("socket:") <= sockets);
+    drop((client, server));
+    rig.end();
+}
+
+/// IO3: a direction that has come back from splice waits for a stalled reader asleep, as before.
+#[test]
+fn direction_back_from_splice_waits_for_its_reader_asleep() {
+    const MB: u64 = 1 << 20;
+    let rig = Rig::with("relay: { splice_after_bytes: 20000000, splice_fullness_percent: 5 }");
+    let (mut client, mut server) = rig.pair();
+    let bulk = |seed| {
+        scope(|scope| {
+            scope.spawn(|| send(&mut &client, seed, 8 * MB).unwrap());
+            check(&mut &server, seed, 8 * MB);
+        });
+        relays(&rig).0 == "splice"
+    };
+    assert!((0..8).any(bulk), "bulk is spliced");
+    until("short reads bring it back", || {
+        ping(&mut client, &mut server);
+        relays(&rig).0 == "copy"
+    });
+    let sent = AtomicU64::new(0);
+    scope(|scope| {
+        let mut counted = Counted(&client, &sent);
+        scope.spawn(move || send(&mut counted, 9, 32 * MB).unwrap());
+        until_stopped(&sent);
+        assert_eq!(relays(&rig).0, "copy");
+        let cpu = rig.weir.cpu();
+        std::thread::sleep(Duration::from_secs(1));
+        let cpu = rig.weir.cpu() - cpu;
+        assert!(cpu < Duration::from_millis(50), "{cpu:?} of CPU for nothing");
+        check(&mut &server, 9, 32 * MB);
+    });
     drop((client, server));
     rig.end();
 }

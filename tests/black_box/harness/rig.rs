@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Net, PATIENCE, Place, Weir};
+use super::{Net, PATIENCE, Place, Weir, until};
 
 /// A weir, its node, and the listener behind it.
 pub(crate) struct Rig {
@@ -57,6 +57,19 @@ impl Write for Counted<'_> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Waits until nothing more is taken; how much was.
+pub(crate) fn until_stopped(sent: &AtomicU64) -> u64 {
+    let mut last = (0, Instant::now());
+    until("the writer stops", || {
+        let now = sent.load(Ordering::Relaxed);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        now > 0 && last.1.elapsed() > Duration::from_millis(500)
+    });
+    last.0
 }
 
 /// Reads no faster than it should; at 0 it reads nothing for a while, and then as fast as it goes.

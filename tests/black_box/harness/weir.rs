@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -160,6 +161,16 @@ impl Weir {
         let place = format!("/proc/{}/fd", self.pid());
         let links = fs::read_dir(place).unwrap().flatten().map(|one| fs::read_link(one.path()));
         links.flatten().filter(|target| target.to_string_lossy().starts_with(kind)).count()
+    }
+
+    /// Time that its threads have run.
+    pub(crate) fn cpu(&self) -> Duration {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
+        let run = |thread: fs::DirEntry| -> Option<u64> {
+            let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            text.split_whitespace().next()?.parse().ok()
+        };
+        Duration::from_nanos(threads.filter_map(run).sum())
     }
 
     /// Resident bytes that belong to user space alone.
