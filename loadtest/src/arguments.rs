@@ -211,6 +211,9 @@ pub(crate) struct Compare {
     /// How weir moves bytes: auto, copy, splice, sockmap; or all
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) relays: Vec<String>,
+    /// Profiles of weir: balanced, latency, many-flows, throughput; or all
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) profiles: Vec<String>,
     /// Other forwarders: haproxy, haproxy-splice, nginx, envoy, tokio, tokio-uring; or all, none
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) peers: Vec<String>,
@@ -233,9 +236,6 @@ pub(crate) struct Compare {
     /// What ratios are to; direct if not said
     #[arg(long, value_name = "TARGET")]
     pub(crate) baseline: Option<String>,
-    /// Profile of weir, by its name
-    #[arg(long, default_value = "balanced")]
-    pub(crate) profile: String,
     /// The weir to measure
     #[arg(long, value_name = "PATH")]
     pub(crate) weir: Option<PathBuf>,

@@ -46,6 +46,7 @@ fn here(arguments: &Compare) -> Result<Exit> {
     let mut selection = select::select(
         &arguments.modes,
         &arguments.relays,
+        &arguments.profiles,
         &arguments.peers,
         &arguments.workloads,
     )?;
@@ -74,7 +75,6 @@ fn here(arguments: &Compare) -> Result<Exit> {
     let common = Common {
         congestion: arguments.congestion.clone(),
         forwarder_cpu,
-        profile: arguments.profile.clone(),
         weir: weir(arguments, &selection)?,
     };
     let began = Instant::now();

@@ -34,7 +34,6 @@ pub(super) struct Started {
 pub(super) struct Common {
     pub(super) congestion: String,
     pub(super) forwarder_cpu: usize,
-    pub(super) profile: String,
     pub(super) weir: PathBuf,
 }
 
@@ -97,6 +96,7 @@ fn direct(site: &Site) -> Result<Started> {
     let about = TargetAbout {
         config: "no forwarder: the client dials the server".to_owned(),
         name: "direct".to_owned(),
+        profile: String::new(),
         version: String::new(),
     };
     Ok(started(site, about, server, server))
@@ -108,7 +108,7 @@ fn forward(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Resu
     let mut words = vec![common.weir.display().to_string(), "forward".to_owned()];
     for (key, value) in [
         ("--workers", "1".to_owned()),
-        ("--profile", common.profile.clone()),
+        ("--profile", target.profile.clone()),
         ("--relay", target.relay.clone()),
         ("--listen", listen.to_string()),
         ("--to", server.to_string()),
@@ -177,7 +177,7 @@ fn by_config(
 ) -> Result<Started> {
     let file = |end: &str| lab.directory.join(format!("{}.{end}", site.number));
     let (config, profile, socket) = (file("config.yaml"), file("profile.yaml"), file("sock"));
-    let shape = format!("include: {}\nrelay: {{ mode: {} }}\n", common.profile, target.relay);
+    let shape = format!("include: {}\nrelay: {{ mode: {} }}\n", target.profile, target.relay);
     let text = format!(
         "profile: {}\nworkers: 1\n{capture}admin: {{ socket: {} }}\n",
         profile.display(),
@@ -242,6 +242,7 @@ fn by_peer(
     let about = TargetAbout {
         config: format!("{}\n{text}", words.join(" ")),
         name: target.name.clone(),
+        profile: String::new(),
         version: version(&words[0], if peer == Peer::Envoy { "--version" } else { "-v" }),
     };
     let program = Some(program(common, target, words));
@@ -288,7 +289,8 @@ fn is_weir_ready(common: &Common, socket: &Path) -> bool {
 
 fn weir_about(common: &Common, target: &Target, config: String) -> TargetAbout {
     let version = version(&common.weir.display().to_string(), "--version");
-    TargetAbout { config, name: target.name.clone(), version }
+    let (name, profile) = (target.name.clone(), target.profile.clone());
+    TargetAbout { config, name, profile, version }
 }
 
 /// The usual way round: the client is far away, the server on the node.

@@ -36,6 +36,9 @@ pub(crate) struct TargetAbout {
     /// Its command, and its config.
     pub(crate) config: String,
     pub(crate) name: String,
+    /// Empty for what is not weir's.
+    #[serde(default)]
+    pub(crate) profile: String,
     pub(crate) version: String,
 }
 

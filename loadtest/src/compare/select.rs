@@ -35,8 +35,10 @@ pub(crate) enum Peer {
 pub(crate) struct Target {
     /// Asked for by its name: it may not be left out.
     pub(crate) is_named: bool,
-    /// The word for it, as `forward/copy`.
+    /// The word for it, as `forward/copy`; with the profile behind it if there are several.
     pub(crate) name: String,
+    /// Empty for what is not weir's.
+    pub(crate) profile: String,
     /// Empty for what is not weir's.
     pub(crate) relay: String,
     pub(crate) way: Way,
@@ -64,33 +66,39 @@ pub(crate) struct Selection {
 pub(crate) fn select(
     modes: &[String],
     relays: &[String],
+    profiles: &[String],
     peers: &[String],
     workloads: &[String],
 ) -> Result<Selection> {
     let is_asked = !modes.is_empty();
     let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
     let relays = listed("relay", relays, &RELAYS, &["auto"])?;
+    let profiles = listed("profile", profiles, &PROFILES, &["balanced"])?;
     let is_peer_asked = !peers.is_empty();
     let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
     let mut targets = Vec::new();
     for (name, way, is_single) in modes {
         let is_named = is_asked && is_single;
         if way == Way::Direct {
-            targets.push(Target { is_named, name: name.to_owned(), relay: String::new(), way });
+            targets.push(Target::foreign(name, way, is_named));
             continue;
         }
-        targets.extend(relays.iter().map(|(relay, (), is_single)| Target {
-            is_named: is_named && *is_single,
-            name: format!("{name}/{relay}"),
-            relay: (*relay).to_owned(),
-            way,
-        }));
+        for (relay, (), is_single) in &relays {
+            let is_named = is_named && *is_single;
+            targets.extend(profiles.iter().map(|(profile, (), _)| Target {
+                is_named,
+                name: match profiles.len() {
+                    1 => format!("{name}/{relay}"),
+                    _ => format!("{name}/{relay}/{profile}"),
+                },
+                profile: (*profile).to_owned(),
+                relay: (*relay).to_owned(),
+                way,
+            }));
+        }
     }
-    targets.extend(peers.into_iter().map(|(name, peer, is_single)| Target {
-        is_named: is_peer_asked && is_single,
-        name: name.to_owned(),
-        relay: String::new(),
-        way: Way::Peer(peer),
+    targets.extend(peers.into_iter().map(|(name, peer, is_single)| {
+        Target::foreign(name, Way::Peer(peer), is_peer_asked && is_single)
     }));
     ensure!(!targets.is_empty(), "nothing to compare: name a mode or a peer");
     let words = workloads.iter().map(String::as_str);
@@ -131,6 +139,14 @@ pub(crate) fn nearest(word: &str, known: &[&str]) -> String {
     match known.iter().min_by_key(distance) {
         Some(name) if distance(&name) <= 1 + name.len() / 3 => format!(", did you mean `{name}`?"),
         _ => String::new(),
+    }
+}
+
+impl Target {
+    /// What has neither relay nor profile.
+    fn foreign(name: &str, way: Way, is_named: bool) -> Target {
+        let (profile, relay) = (String::new(), String::new());
+        Target { is_named, name: name.to_owned(), profile, relay, way }
     }
 }
 
@@ -210,6 +226,8 @@ const MODES: [(&str, Way); 7] = [
     ("outbound-tproxy", Way::Outbound("tproxy")),
 ];
 const RELAYS: [(&str, ()); 4] = [("auto", ()), ("copy", ()), ("sockmap", ()), ("splice", ())];
+const PROFILES: [(&str, ()); 4] =
+    [("balanced", ()), ("latency", ()), ("many-flows", ()), ("throughput", ())];
 const PEERS: [(&str, Peer); 6] = [
     ("envoy", Peer::Envoy),
     ("haproxy", Peer::Haproxy),
@@ -244,16 +262,20 @@ mod tests {
     #[test]
     fn any_subset_can_be_named() {
         let selection =
-            select(&words("direct forward"), &words("copy splice"), &words("nginx"), &[]);
+            select(&words("direct forward"), &words("copy splice"), &[], &words("nginx"), &[]);
         let names: Vec<String> =
             selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect();
         assert_eq!(names, ["direct", "forward/copy", "forward/splice", "nginx"]);
+        let selection = select(&words("forward"), &[], &words("all"), &words("none"), &[]);
+        let targets = selection.map(|all| all.targets).unwrap_or_default();
+        assert_eq!(targets.len(), 4);
+        assert_eq!(targets[1].name, "forward/auto/latency");
     }
 
     #[test]
     fn only_who_was_named_may_not_be_left_out() {
         let named = |modes: &str, relays: &str, peers: &str| -> Vec<bool> {
-            let selection = select(&words(modes), &words(relays), &words(peers), &[]);
+            let selection = select(&words(modes), &words(relays), &[], &words(peers), &[]);
             let targets = selection.map(|all| all.targets).unwrap_or_default();
             targets.iter().map(|target| target.is_named).collect()
         };
@@ -266,7 +288,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_said_with_what_was_meant() {
         let refused = |modes: &str, peers: &str, workloads: &str| {
-            let selection = select(&words(modes), &[], &words(peers), &words(workloads));
+            let selection = select(&words(modes), &[], &[], &words(peers), &words(workloads));
             selection.map_or_else(|error| error.to_string(), |_| String::new())
         };
         assert!(refused("", "haprxy", "").contains("did you mean `haproxy`?"));
