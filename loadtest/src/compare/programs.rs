@@ -104,19 +104,20 @@ fn direct(site: &Site) -> Result<Started> {
 
 fn forward(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Result<Started> {
     let (listen, server) = ends(site)?;
-    let socket = lab.directory.join(format!("{}.sock", site.number));
+    let file = |end: &str| lab.directory.join(format!("{}.{end}", site.number));
+    let (profile, socket, shape) = (file("profile.yaml"), file("sock"), shape(target));
+    fs::write(&profile, &shape)?;
     let mut words = vec![common.weir.display().to_string(), "forward".to_owned()];
     for (key, value) in [
         ("--workers", "1".to_owned()),
-        ("--profile", target.profile.clone()),
-        ("--relay", target.relay.clone()),
+        ("--profile", profile.display().to_string()),
         ("--listen", listen.to_string()),
         ("--to", server.to_string()),
         ("--socket", socket.display().to_string()),
     ] {
         words.extend([key.to_owned(), value]);
     }
-    let about = weir_about(common, target, words.join(" "));
+    let about = weir_about(common, target, format!("{}\n---\n{shape}", words.join(" ")));
     let program = Some(program(common, target, words));
     run(
         lab,
@@ -177,7 +178,7 @@ fn by_config(
 ) -> Result<Started> {
     let file = |end: &str| lab.directory.join(format!("{}.{end}", site.number));
     let (config, profile, socket) = (file("config.yaml"), file("profile.yaml"), file("sock"));
-    let shape = format!("include: {}\nrelay: {{ mode: {} }}\n", target.profile, target.relay);
+    let shape = shape(target);
     let text = format!(
         "profile: {}\nworkers: 1\n{capture}admin: {{ socket: {} }}\n",
         profile.display(),
@@ -191,6 +192,15 @@ fn by_config(
     let about = weir_about(common, target, format!("{text}---\n{shape}"));
     let program = Some(program(common, target, words));
     Ok(Started { program, socket: Some(socket), ..started(site, about, nowhere, nowhere) })
+}
+
+/// The target's profile, for one worker: `flows_max` is the process's, and the descriptor table of
+/// one worker may not be large enough for all of it.
+fn shape(target: &Target) -> String {
+    format!(
+        "include: {}\nrelay: {{ mode: {} }}\nlimits: {{ flows_max: {FLOWS_MAX} }}\n",
+        target.profile, target.relay
+    )
 }
 
 fn by_peer(
@@ -388,6 +398,8 @@ fn envoy(listen: SocketAddr, to: SocketAddr) -> String {
 }
 
 /// Where weir listens for what it captures.
+/// Half of a descriptor table of 20,000, less a few.
+const FLOWS_MAX: u32 = 9_900;
 const CAPTURE_PORTS: [u16; 2] = [15001, 15006];
 const FORWARDER_PORT: u16 = 8000;
 /// Where Debian's package puts it.
