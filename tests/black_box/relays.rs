@@ -87,6 +87,39 @@ fn reset_behind_a_blocked_send_is_no_end_of_stream() {
     }
 }
 
+/// IO4: FIN and RST arrive within 100 ms, although receives wait on both sockets.
+#[test]
+fn end_of_a_flow_arrives_within_100_ms() {
+    for (relay, profile) in RELAYS {
+        let rig = Rig::with(profile);
+        let mut waits: Vec<Duration> = (0..40)
+            .map(|round| {
+                let (client, server) = rig.pair();
+                let (mut ends, mut other) =
+                    if round % 2 == 0 { (client, server) } else { (server, client) };
+                send(&mut ends, round, 100).unwrap();
+                check(&mut other, round, 100);
+                let resets = round % 4 < 2;
+                if resets {
+                    SockRef::from(&ends).set_linger(Some(Duration::ZERO)).unwrap();
+                }
+                let began = Instant::now();
+                drop(ends);
+                if resets {
+                    expect_reset(&mut other)
+                } else {
+                    expect_eof(&other)
+                }
+                began.elapsed()
+            })
+            .collect();
+        waits.sort_unstable();
+        // A machine that is busy with others may keep anybody waiting now and then.
+        assert!(waits[30] < Duration::from_millis(100), "{relay}: {waits:?}");
+        rig.end();
+    }
+}
+
 /// RL4: a reset is passed on at once although nothing is read from who sent it: because the other end
 /// does not read, or because FIN has come before.
 #[test]
