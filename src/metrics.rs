@@ -181,6 +181,8 @@ pub struct Counters {
     pub ring_enters: Counter,
     /// Completions handled.
     pub ring_completions: Counter,
+    /// Turns that found the completion queue full.
+    pub ring_overflows: Counter,
 }
 
 impl Counters {

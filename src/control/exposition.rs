@@ -112,6 +112,11 @@ impl Totals {
         ));
         families.push(single("ring_enters", "io_uring_enter calls", |c| &c.ring_enters));
         families.push(single("ring_completions", "Completions handled", |c| &c.ring_completions));
+        families.push(single(
+            "ring_overflows",
+            "Turns that found the completion queue full",
+            |c| &c.ring_overflows,
+        ));
         let active = sum.of(|c| &c.flows_active);
         Totals { families, flows_active: i64::try_from(active).unwrap_or(i64::MAX) }
     }

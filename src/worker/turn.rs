@@ -92,6 +92,7 @@ impl Worker {
         self.read_mail();
         self.arm_listeners();
         self.counters.ring_enters.set(self.ring.enters());
+        self.counters.ring_overflows.set(self.ring.overflows());
         Ok(())
     }
 

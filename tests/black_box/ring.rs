@@ -115,6 +115,29 @@ fn starved_flows_wait_and_lose_nothing() {
     weir.end(&net);
 }
 
+/// IO3: far more happens at once than the smallest completion ring holds: the kernel keeps the rest,
+/// nothing is lost, and it is counted.
+#[test]
+fn completions_beyond_the_ring_are_kept_and_counted() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let profile = "summary: a test\nring: { entries: 64, completions: 128, spin_us: 0 }\n";
+    let weir = Weir::forward_with(&net, profile, &FORWARD);
+    echo(listener);
+    weir.signal(nix::sys::signal::Signal::SIGSTOP);
+    let mut clients: Vec<_> = (0..500).map(|_| net.connect(Place::Client, LISTEN)).collect();
+    for (seed, client) in (0..).zip(&mut clients) {
+        send(client, seed, 4000).unwrap();
+    }
+    weir.signal(nix::sys::signal::Signal::SIGCONT);
+    for (seed, client) in (0..).zip(&mut clients) {
+        check(client, seed, 4000);
+    }
+    assert!(weir.metric("weir_ring_overflows_total", &[]) > 0);
+    drop(clients);
+    weir.end(&net);
+}
+
 /// IO3: while everybody waits for buffers that nobody gives back, the worker sleeps.
 #[test]
 fn starved_worker_does_not_spin() {
