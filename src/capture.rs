@@ -45,8 +45,14 @@ pub struct Prepared {
 /// Traffic is being taken. Dropping it lets traffic go its own way again.
 #[derive(Debug)]
 pub struct Capture {
+    /// As nft knows them.
+    cgroups: Vec<Option<u64>>,
     /// Of rules, routes and tables in this network namespace; `None` where nobody tells.
     changes: Option<Changes>,
+    /// By the table that stands, when it was last asked.
+    counted: RuleCounts,
+    /// By tables that stood before it.
+    counted_before: RuleCounts,
     guard: Option<Guard>,
     hooks: Vec<ConnectHook>,
     plan: Plan,
@@ -92,6 +98,17 @@ impl std::fmt::Display for Part {
             Part::Table => "nft table",
         })
     }
+}
+
+/// What the rules counted since capture began.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct RuleCounts {
+    /// Our own dials that somebody's rule led back to us: refused (redirect).
+    pub looped: u64,
+    /// Outbound connections that went directly, because no more flows could be remembered (tproxy).
+    pub no_room: u64,
+    /// Clients whose port the kernel changed to tell two of them apart (redirect).
+    pub port_rewritten: u64,
 }
 
 /// Why traffic cannot be taken here. Nothing was changed.
@@ -163,7 +180,7 @@ impl Plan {
             route::preflight()?;
         }
         let draft = nft::draft(&self, accepts_marks())?;
-        nft::check(&draft)?;
+        nft::check(&draft.table())?;
         let hooks = self.hooks().map(ConnectHook::load).collect::<Result<_, _>>()?;
         Ok(Prepared { draft, hooks, plan: self })
     }
@@ -212,7 +229,17 @@ impl Prepared {
         process::made("table");
         // Before anything that it shall tell about is looked at for the first time.
         let changes = Changes::listen().ok();
-        let mut capture = Capture { changes, guard: None, hooks, plan, routes, table };
+        let mut capture = Capture {
+            cgroups: plan.cgroups(),
+            changes,
+            counted: RuleCounts::default(),
+            counted_before: RuleCounts::default(),
+            guard: None,
+            hooks,
+            plan,
+            routes,
+            table,
+        };
         capture.hooks.iter_mut().try_for_each(ConnectHook::attach)?;
         // Last of all what stays when we are gone: a start that fails leaves nothing behind.
         match guard::text(&capture.plan)? {
@@ -256,6 +283,31 @@ impl Capture {
         names
     }
 
+    /// What is taken.
+    #[must_use]
+    pub const fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What the rules counted. Costs a short-lived process, if there is something to count.
+    #[must_use]
+    pub fn counts(&mut self) -> RuleCounts {
+        let counts = self.plan.netfilter().next().is_some() || self.plan.redirects();
+        if counts && let Some(now) = nft::counts() {
+            self.counted = now;
+        }
+        self.total()
+    }
+
+    fn total(&self) -> RuleCounts {
+        let (before, now) = (self.counted_before, self.counted);
+        RuleCounts {
+            looped: before.looped + now.looped,
+            no_room: before.no_room + now.no_room,
+            port_rewritten: before.port_rewritten + now.port_rewritten,
+        }
+    }
+
     /// What is missing or changed, if anything is. Costs a few system calls while nobody changes
     /// rules, routes or tables here.
     pub fn missing(&mut self) -> Option<Part> {
@@ -275,13 +327,25 @@ impl Capture {
                 changes.seen();
             }
         }
-        self.hooks.iter().any(|hook| !hook.stands()).then_some(Part::Cgroup)
+        let is_another = self.plan.cgroups() != self.cgroups;
+        (is_another || self.hooks.iter().any(|hook| !hook.stands())).then_some(Part::Cgroup)
     }
 
-    /// What is taken.
-    #[must_use]
-    pub const fn plan(&self) -> &Plan {
-        &self.plan
+    /// Tells nft of cgroups that were made anew; flows that are open stay taken.
+    fn retake(&mut self) -> Result<(), CaptureError> {
+        let cgroups = self.plan.cgroups();
+        if cgroups == self.cgroups {
+            return Ok(());
+        }
+        let draft = nft::draft(&self.plan, accepts_marks())?;
+        if let Some(table) = &mut self.table {
+            table.change(&draft)?;
+        }
+        if let (Some(guard), Some(text)) = (&mut self.guard, guard::text(&self.plan)?) {
+            *guard = Guard::install(text)?;
+        }
+        self.cgroups = cgroups;
+        Ok(())
     }
 
     /// Takes from now on what `plan` says, without a moment in which nothing is taken. Its hooks must
@@ -322,6 +386,7 @@ impl Capture {
             self.table.as_mut().map_or(Ok(()), |table| table.change(&old))?;
             return Err(error.into());
         }
+        self.cgroups = plan.cgroups();
         self.plan = plan;
         Ok(())
     }
@@ -334,6 +399,7 @@ impl Capture {
     pub fn mend(&mut self, part: Part) -> Result<(), CaptureError> {
         match part {
             Part::Cgroup => {
+                self.retake()?;
                 let gone = self.hooks.iter_mut().filter(|hook| !hook.stands());
                 gone.map(|hook| hook.attach().and_then(|()| hook.settle()))
                     .fold(Ok(()), Result::and)
@@ -350,6 +416,8 @@ impl Capture {
             }
             Part::Table => {
                 self.table = None;
+                self.cgroups = self.plan.cgroups();
+                (self.counted_before, self.counted) = (self.total(), RuleCounts::default());
                 let draft = nft::draft(&self.plan, accepts_marks())?;
                 self.table = Some(nft::Table::install(&draft)?);
                 Ok(())

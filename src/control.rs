@@ -43,6 +43,7 @@ mod services;
 pub mod shown;
 mod start;
 mod takeover;
+mod tracking;
 pub mod view;
 
 /// Why weir did not start or did not end well.
@@ -178,6 +179,8 @@ struct Running {
     captures: bool,
     /// It is being captured just now.
     capturing: AtomicBool,
+    /// By the rules of the capture.
+    counted: tracking::Counted,
     draining: AtomicBool,
     in_force: watch::Sender<InForce>,
     /// Rung when somebody asks to drain.
@@ -220,10 +223,11 @@ pub fn run(config: Config, file: Option<&Path>) -> Result<(), RunError> {
     runtime.block_on(serve(config, file))
 }
 
-async fn serve(config: Config, file: Option<&Path>) -> Result<(), RunError> {
+async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
+    start::fit_timers(&mut config)?;
     let prepared = start::prepare(&config)?;
     let own_ports = capturing::own_ports(&config, &config.workloads);
     let api = takeover::Bound::open(&config, own_ports)?;

@@ -128,6 +128,14 @@ pub enum Route {
     Named,
     /// To where the connect hook recorded that the connection meant to go.
     Recorded(Arc<Records>),
+    /// To where the connection meant to go before the kernel rewrote it (`SO_ORIGINAL_DST`), as
+    /// under redirect.
+    Rewritten {
+        /// `InboundRedirect` or `OutboundRedirect`.
+        origin: Origin,
+        /// Whose address the upstream sees.
+        source: Source,
+    },
     /// To an endpoint of this service.
     Service {
         /// As the service has it: some ways to choose must know who dialled.

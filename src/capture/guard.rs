@@ -9,7 +9,7 @@
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
 
-use super::nft::{self, matching};
+use super::nft;
 use super::plan::{Inbound, Netfilter, Plan};
 use super::tproxy::{left_alone, taken};
 use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, OWN_MARK, STEER_MARK};
@@ -75,11 +75,8 @@ pub(super) fn text(plan: &Plan) -> Result<Option<String>, CaptureError> {
     let ours = format!("{{ {OWN_MARK:#x}, {STEER_MARK:#x}, {OUTBOUND_MARK:#x} }}");
     let mut output = vec![format!("meta mark & {MARK_MASK:#x} == {ours} return")];
     for (index, one) in outbound.iter().enumerate() {
-        chains.add(&format!("outbound_{index}"), None, &taken(one, REFUSE));
-        for whose in matching(one.workload.as_ref())? {
-            let to = format!("fib daddr type != local jump outbound_{index}");
-            output.push(format!("{SYN} {whose}{to}"));
-        }
+        chains.add(&format!("outbound_{index}"), None, &taken(one, REFUSE)?);
+        output.push(format!("{SYN} fib daddr type != local jump outbound_{index}"));
     }
     if !outbound.is_empty() {
         chains.add("output", Some("type filter hook output priority 0"), &output);

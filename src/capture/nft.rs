@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use super::plan::{Plan, Way, Workload};
-use super::{CaptureError, MARK_MASK, OWN_MARK, STEER_MARK, connect, redirect, tproxy};
+use super::{CaptureError, MARK_MASK, OWN_MARK, RuleCounts, STEER_MARK, connect, redirect, tproxy};
 use crate::sys::cgroup;
 
 pub(super) use draft::{Draft, Hook};
@@ -89,9 +89,33 @@ pub(super) fn change(step: &str, text: &str) -> Result<(), CaptureError> {
     Err(refused(step, &String::from_utf8_lossy(&output.stderr)))
 }
 
-/// Whether the kernel would take it, without a change.
-pub(super) fn check(draft: &Draft) -> Result<(), CaptureError> {
-    let output = nft(&["-c", "-f", "-"], &draft.table())?;
+/// What the table's counters have counted; `None` if there is no table to be asked.
+pub(super) fn counts() -> Option<RuleCounts> {
+    let listed = Command::new("nft")
+        .args(["list", "counters", "table", "inet", "weir"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()
+        .filter(|output| output.status.success())?;
+    let listed = String::from_utf8_lossy(&listed.stdout);
+    Some(RuleCounts {
+        looped: packets(&listed, redirect::LOOPED),
+        no_room: packets(&listed, tproxy::NO_ROOM),
+        port_rewritten: packets(&listed, redirect::REWRITTEN),
+    })
+}
+
+/// As nft lists it: `counter NAME {`, and in the next line `packets N bytes N`.
+fn packets(listed: &str, name: &str) -> u64 {
+    let rest = listed.split_once(&format!("counter {name} {{")).map(|(_, rest)| rest);
+    let number = rest.and_then(|rest| rest.split_whitespace().nth(1));
+    number.and_then(|number| number.parse().ok()).unwrap_or_default()
+}
+
+/// Whether the kernel would take `text`, without a change.
+pub(super) fn check(text: &str) -> Result<(), CaptureError> {
+    let output = nft(&["-c", "-f", "-"], text)?;
     if output.status.success() {
         return Ok(());
     }
@@ -157,6 +181,13 @@ mod tests {
                         \t\ttcp dport { 1-65535 } tproxy to :15006 counter notrack accept\n";
         let text = inbound("[::]:15006", Way::Tproxy);
         assert!(text.contains(expected), "{text}");
+    }
+
+    #[test]
+    fn counters_are_read_by_name() {
+        let listed = "table inet weir {\n\tcounter a {\n\t\tpackets 7 bytes 420\n\t}\n\tcounter \
+                      ab {\n\t\tpackets 3 bytes 9\n\t}\n}\n";
+        assert_eq!([packets(listed, "a"), packets(listed, "ab"), packets(listed, "b")], [7, 3, 0]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::bpf::HookPlan;
+use crate::sys::cgroup;
 
 /// What to take.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -105,17 +106,32 @@ impl Plan {
         })
     }
 
+    /// The numbers of the cgroups that nft was told, in the plan's order.
+    pub(super) fn cgroups(&self) -> Vec<Option<u64>> {
+        let paths = self.netfilter().flat_map(|one| match &one.workload {
+            Some(Workload::Cgroups(paths)) => paths.as_slice(),
+            _ => &[],
+        });
+        paths.map(|path| cgroup::number(path)).collect()
+    }
+
     pub(super) fn keeps_source(&self) -> bool {
         self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source)
     }
 
+    /// nft rewrites a destination somewhere, which needs connection tracking.
+    #[must_use]
+    pub fn redirects(&self) -> bool {
+        self.ways().any(|way| way == Way::Redirect)
+    }
+
     /// Something is taken past connection tracking.
     pub(super) fn avoids_tracking(&self) -> bool {
-        let inbound = self.inbound.as_ref().map(|inbound| inbound.way);
-        self.hooks().next().is_some()
-            || inbound
-                .into_iter()
-                .chain(self.netfilter().map(|one| one.way))
-                .any(|way| way == Way::Tproxy)
+        self.hooks().next().is_some() || self.ways().any(|way| way == Way::Tproxy)
+    }
+
+    fn ways(&self) -> impl Iterator<Item = Way> {
+        let inbound = self.inbound.iter().map(|inbound| inbound.way);
+        inbound.chain(self.netfilter().map(|one| one.way))
     }
 }

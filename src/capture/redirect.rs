@@ -5,7 +5,7 @@
 //! nothing else is taken, so that other people's translations still hold for them.
 
 use super::nft::elements::ports;
-use super::nft::{Draft, Hook, matching};
+use super::nft::{Draft, Hook};
 use super::plan::{Inbound, Netfilter};
 use super::tproxy::{left_alone, taken};
 use super::{CaptureError, MARK_MASK, OWN_MARK, STEER_MARK};
@@ -22,6 +22,7 @@ pub(super) fn inbound(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16]) {
         Hook::PreroutingNat,
         "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
     );
+    refuse_loops(draft, port);
     count_rewritten(draft, port);
 }
 
@@ -36,16 +37,27 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     );
     for (index, one) in list.iter().enumerate() {
         let chain = format!("outbound_redirect_{index}");
-        draft.taking(&chain, taken(one, &format!("counter redirect to :{}", one.port)));
-        for whose in matching(one.workload.as_ref())? {
-            draft.rule(
-                Hook::OutputNat,
-                format!("meta l4proto tcp {whose}fib daddr type != local jump {chain}"),
-            );
-        }
+        draft.taking(&chain, taken(one, &format!("counter redirect to :{}", one.port))?);
+        draft.rule(
+            Hook::OutputNat,
+            format!("meta l4proto tcp fib daddr type != local jump {chain}"),
+        );
+        refuse_loops(draft, one.port);
         count_rewritten(draft, one.port);
     }
     Ok(())
+}
+
+/// What our own sockets dial must never come back to us, whoever rewrites it.
+fn refuse_loops(draft: &mut Draft, port: u16) {
+    draft.object(format!("counter {LOOPED} {{ }}"));
+    draft.rule(
+        Hook::Input,
+        format!(
+            "tcp dport {port} meta mark & {MARK_MASK:#x} == {{ {OWN_MARK:#x}, {STEER_MARK:#x} }} counter \
+             name {LOOPED} reject with tcp reset"
+        ),
+    );
 }
 
 /// Where two clients would look the same after the rewrite, the kernel gives one another source
@@ -59,5 +71,7 @@ fn count_rewritten(draft: &mut Draft, port: u16) {
     );
 }
 
+/// The nft counter of our own dials that came back.
+pub(super) const LOOPED: &str = "looped";
 /// The nft counter of clients whose port the kernel changed.
 pub(super) const REWRITTEN: &str = "port_rewritten";

@@ -74,20 +74,16 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
         format!("add @taken{family} {{ {tuple} timeout {CONNECTING_SECONDS}s }} goto steer")
     };
     let mut takes: Vec<String> = TUPLES.iter().map(|(family, to, _)| take(family, to)).collect();
-    takes.push("counter name no_room".to_owned());
-    draft.object("counter no_room { }");
+    takes.push(format!("counter name {NO_ROOM}"));
+    draft.object(format!("counter {NO_ROOM} {{ }}"));
     draft.chain("take", takes);
     for (index, one) in list.iter().enumerate() {
         let chain = format!("outbound_tproxy_{index}");
-        draft.taking(&chain, taken(one, "goto take"));
-        for whose in matching(one.workload.as_ref())? {
-            draft.rule(
-                Hook::Output,
-                format!(
-                    "tcp flags & (syn | ack) == syn {whose}fib daddr type != local jump {chain}"
-                ),
-            );
-        }
+        draft.taking(&chain, taken(one, "goto take")?);
+        draft.rule(
+            Hook::Output,
+            format!("tcp flags & (syn | ack) == syn fib daddr type != local jump {chain}"),
+        );
     }
     follow(draft, first);
     for (family, to) in [("ip", "127.0.0.1"), ("ip6", "[::1]")] {
@@ -150,19 +146,23 @@ fn follow(draft: &mut Draft, one: &Netfilter) {
     }
 }
 
-/// The rules of a taking chain: what is left alone, then what is taken.
-pub(super) fn taken(one: &Netfilter, verdict: &str) -> Vec<String> {
+/// The rules of a taking chain: what is left alone, then what is taken, and of whom.
+pub(super) fn taken(one: &Netfilter, verdict: &str) -> Result<Vec<String>, CaptureError> {
     let leave = destinations(&one.exclude).into_iter().map(|to| format!("{to} return"));
     let mut rules: Vec<String> = leave.collect();
     if !one.exclude_ports.is_empty() {
         rules.push(format!("tcp dport {} return", ports(&one.exclude_ports)));
     }
     let included = ports(&one.include_ports);
-    let take = |to| format!("{to} tcp dport {included} {verdict}");
-    rules.extend(destinations(&one.include).into_iter().map(take));
-    rules
+    for whose in matching(one.workload.as_ref())? {
+        let take = |to| format!("{whose}{to} tcp dport {included} {verdict}");
+        rules.extend(destinations(&one.include).into_iter().map(take));
+    }
+    Ok(rules)
 }
 
+/// The nft counter of connections that were not taken because no more can be remembered.
+pub(super) const NO_ROOM: &str = "no_room";
 /// By family: a flow as the workload's packets name it, and as ours do.
 const TUPLES: [(&str, &str, &str); 2] = [
     (

@@ -34,9 +34,13 @@ pub(super) fn inbound(
         source: section.word("source", &SOURCE, mistakes).unwrap_or(SourceAddress::Keep),
         source_ports: source_ports(&mut section, mistakes).unwrap_or(SOURCE_PORTS),
     };
-    if inbound.capture == InboundCapture::Redirect {
-        let path = section.path("capture");
-        mistakes.add(place, &path, "redirect is not in this version: use tproxy");
+    if inbound.capture == InboundCapture::Redirect && !inbound.listen.ip().is_unspecified() {
+        let text = format!(
+            "`{}`: redirect leads to the address of whatever interface a packet came through: \
+             listen on [::] or 0.0.0.0",
+            inbound.listen
+        );
+        mistakes.add(place, &section.path("listen"), text);
     }
     let claim = Claim::new(&scope.key("inbound"), place, inbound.listen);
     claims.push(claim.within(&scope.namespace));
@@ -58,24 +62,21 @@ pub(super) fn outbound(
     let workload = scope.whose(workload(whose, mistakes), capture, (&section, mistakes));
     let include = destinations(section.section("include", mistakes), true, mistakes);
     let exclude = destinations(section.section("exclude", mistakes), false, mistakes);
-    if capture != OutboundCapture::Connect {
-        mistakes.add(place, &section.path("capture"), "only connect is in this version");
-    }
     if !listen.ip().is_loopback() {
         let text = format!("`{listen}`: must be a loopback address, as 127.0.0.1:15001");
         mistakes.add(place, &section.path("listen"), text);
     }
-    match workload {
-        Some(Workload::Cgroups(_)) => {}
-        Some(Workload::Uid(_)) => {
+    match (capture, &workload) {
+        (OutboundCapture::Connect, Some(Workload::Uid(_))) => {
             let text = "capture connect needs a cgroup, not a uid";
             mistakes.add(place, &section.path("workload"), text);
         }
-        None => {
+        (OutboundCapture::Connect, None) => {
             let text = "capture connect needs one: `workload: { cgroup: /path }`, relative to the \
                         cgroup v2 mount";
             mistakes.add(place, &section.path("workload"), text);
         }
+        _ => {}
     }
     for ip in LOOPBACK {
         let claim = Claim::new(&scope.key("outbound"), place, SocketAddr::new(ip, listen.port()));

@@ -146,6 +146,25 @@ fn workloads_that_cannot_stand_together_are_mistakes() {
     );
 }
 
+#[test]
+fn each_capture_says_what_it_needs() {
+    let said = |text: &str| mistakes(&format!("{text}\n"));
+    assert_eq!(
+        said("outbound: { capture: connect }"),
+        [
+            "weir.yaml:1:11: outbound.workload: capture connect needs one: `workload: { cgroup: /path }`, relative to the cgroup v2 mount"
+        ]
+    );
+    assert_eq!(said("inbound: { capture: redirect, listen: \"10.0.0.1:15006\" }").len(), 1);
+    for fine in [
+        "outbound: { capture: tproxy }",
+        "outbound: { capture: redirect, workload: { uid: 7 } }",
+        "inbound: { capture: redirect, listen: \"0.0.0.0:15006\" }",
+    ] {
+        assert!(Config::parse("weir.yaml", None, fine).is_ok(), "{fine}");
+    }
+}
+
 proptest::proptest! {
     #[test]
     fn no_text_makes_the_reader_panic(text in "[ -~\\n\\t\u{e9}\u{1F600}]{0,200}") {

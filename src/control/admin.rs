@@ -175,9 +175,12 @@ async fn readyz(State(running): State<Arc<Running>>) -> impl IntoResponse {
 async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let counters: Vec<_> = running.workers.iter().map(|worker| worker.counters()).collect();
     let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
-    let losses = running.records.iter().map(|records| records.losses()).collect();
-    let rules_lost = running.rules_lost.counts();
-    let extra = exposition::Extra { fallbacks: fallbacks.collect(), losses, rules_lost };
+    let extra = exposition::Extra {
+        counted: running.counted.counts(),
+        fallbacks: fallbacks.collect(),
+        losses: running.records.iter().map(|records| records.losses()).collect(),
+        rules_lost: running.rules_lost.counts(),
+    };
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::places::Place;
+use super::tracking::{Counts, Losses};
 use super::{RunError, Running};
 use crate::capture::{
     self, Capture, Filters, HookPlan, Netfilter, Part, Plan, Prepared, SOCKET_MARK,
@@ -18,6 +19,7 @@ use crate::config::{
 
 /// Capture in place, in one network namespace after the other.
 pub(super) struct Capturing {
+    count_at: Instant,
     look_at: Instant,
     places: Vec<Taken>,
 }
@@ -30,6 +32,7 @@ struct Taken {
     missing: Option<Part>,
     /// Connects that others had led elsewhere when it was last said, and when that may be said again.
     overruled: (u64, Instant),
+    losses: Losses,
     place: Place,
 }
 
@@ -133,11 +136,13 @@ impl Capturing {
             let Some(prepared) = prepared else { continue };
             let capture = Some(place.within(|| prepared.install())??);
             let overruled = (0, Instant::now());
-            places.push(Taken { capture, missing: None, overruled, place });
+            let losses = place.within(Losses::new)?;
+            places.push(Taken { capture, losses, missing: None, overruled, place });
         }
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
-        Ok(Capturing { look_at: Instant::now(), places })
+        let now = Instant::now();
+        Ok(Capturing { count_at: now, look_at: now, places })
     }
 
     /// Takes what `config` says from now on, in every place or in none.
@@ -192,6 +197,11 @@ impl Capturing {
         self.look_at = Instant::now() + LOOK_EVERY;
         self.places.retain(|taken| !taken.left(running));
         let mut stands = true;
+        if Instant::now() >= self.count_at {
+            self.count_at = Instant::now() + COUNT_EVERY;
+            let counts = self.places.iter_mut().map(Taken::count);
+            running.counted.set(counts.fold(Counts::default(), Counts::and));
+        }
         for taken in &mut self.places {
             taken.watch_neighbours();
             stands &= taken.watch(running);
@@ -215,6 +225,21 @@ impl Taken {
             tracing::warn!(workload = name, "its network namespace is gone: capture has ended");
         }
         gone
+    }
+
+    /// What rules and connection tracking counted; losses are said.
+    fn count(&mut self) -> Counts {
+        let Taken { capture: Some(capture), losses, place, .. } = self else {
+            return Counts::default();
+        };
+        let workload = place.name();
+        let count = || {
+            let counts = Counts::read(capture.counts());
+            losses.say(&workload, capture.plan(), counts);
+            counts
+        };
+        // A namespace that cannot be entered has gone, and is noticed as such.
+        place.within(count).unwrap_or_default()
     }
 
     /// A program that runs after ours on the workload's connects has the last word.
@@ -310,3 +335,5 @@ const RECORDS_MIN: u32 = 16_384;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A workload can make it happen as often as it likes.
 const TELL_EVERY: Duration = Duration::from_mins(1);
+/// Counting costs a short-lived process.
+const COUNT_EVERY: Duration = Duration::from_secs(2);

@@ -12,6 +12,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
+use super::tracking::Counts;
 use crate::capture::{Losses, Part};
 use crate::metrics::{Counter, Counters, Denied, Origin};
 use crate::op::{CloseReason, Fall, Relay};
@@ -26,6 +27,7 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
         queues(),
         rules_lost(&extra.rules_lost),
     ]);
+    totals.families.extend(tracking(extra.counted));
     let mut registry = Registry::with_prefix("weir");
     registry.register_collector(Box::new(totals));
     let mut text = String::new();
@@ -37,6 +39,8 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
 /// What is counted elsewhere than in the workers.
 #[derive(Debug, Default)]
 pub(super) struct Extra {
+    /// By the rules of the capture.
+    pub(super) counted: Counts,
     /// What the kernel lacks, once for each worker that found out.
     pub(super) fallbacks: Vec<Fallback>,
     /// At each connect hook.
@@ -205,6 +209,29 @@ fn rules_lost(parts: &[(Part, u64)]) -> Family {
     let series = parts.iter().map(|(part, count)| (vec![("part", part.label())], *count));
     let help = "Times a part of the capture was found removed or changed";
     Family { help, name: "rules_lost", series: series.collect() }
+}
+
+/// What the rules counted, and what connection tracking lost.
+fn tracking(Counts { dropped, rules: counts }: Counts) -> [Family; 4] {
+    let single = |name, help, count| Family { help, name, series: vec![(Vec::new(), count)] };
+    [
+        single(
+            "conntrack_dropped",
+            "Packets dropped in the network namespaces of captures because connection tracking was full",
+            dropped,
+        ),
+        single("loops_refused", "Dials of weir that somebody's rule led back to it", counts.looped),
+        single(
+            "outbound_no_room",
+            "Outbound connections that tproxy let go directly, because no more can be remembered",
+            counts.no_room,
+        ),
+        single(
+            "redirect_port_rewritten",
+            "Redirected clients whose port the kernel changed to tell two of them apart",
+            counts.port_rewritten,
+        ),
+    ]
 }
 
 /// Of the whole network namespace, others' listeners included: the kernel counts no finer.

@@ -12,7 +12,8 @@ use super::places::Place;
 use super::routes::Plain;
 use crate::capture::{OWN_MARK, Prepared, Records};
 use crate::config::{
-    Captured, Config, Inbound, Outbound, OutboundCapture, ProxyProtocol, SourceAddress,
+    Captured, Config, Inbound, InboundCapture, Outbound, OutboundCapture, ProxyProtocol,
+    SourceAddress,
 };
 use crate::metrics::Origin;
 use crate::profile::Profile;
@@ -58,7 +59,10 @@ pub(super) fn inbound_route(inbound: &Inbound) -> Route {
         SourceAddress::Keep => Source::Keep(inbound.source_ports.clone()),
         SourceAddress::Own => Source::Own,
     };
-    Route::Socket { origin: Origin::InboundTproxy, source }
+    match inbound.capture {
+        InboundCapture::Redirect => Route::Rewritten { origin: Origin::InboundRedirect, source },
+        InboundCapture::Tproxy => Route::Socket { origin: Origin::InboundTproxy, source },
+    }
 }
 
 fn options(profile: &Profile, workers: usize) -> ListenOptions {
@@ -117,7 +121,10 @@ impl Opening<'_> {
     }
 
     fn inbound(&self, captured: &Captured, inbound: &Inbound) -> Result<Listener, ListenError> {
-        let options = ListenOptions { mark: Some(OWN_MARK), transparent: true, ..self.options };
+        let options = match inbound.capture {
+            InboundCapture::Redirect => self.options,
+            InboundCapture::Tproxy => self.marked(true),
+        };
         let fd = listen_patiently(inbound.listen, &options)?;
         let route = inbound_route(inbound);
         let listener = self.listener(fd, "inbound", &captured.name, route);
@@ -132,14 +139,33 @@ impl Opening<'_> {
         records: Option<&Arc<Records>>,
         worker: &mut Vec<Listener>,
     ) -> Result<(), ListenError> {
-        let Some(records) = records else { return Ok(()) };
+        let source = Source::Own;
         for ip in loopbacks() {
-            let options = ListenOptions { mark: Some(OWN_MARK), ..self.options };
+            let (options, route) = match (outbound.capture, records) {
+                (OutboundCapture::Connect, Some(records)) => {
+                    (self.marked(false), Route::Recorded(Arc::clone(records)))
+                }
+                // Without a hook there is nothing to accept.
+                (OutboundCapture::Connect, None) => return Ok(()),
+                (OutboundCapture::Redirect, _) => {
+                    let origin = Origin::OutboundRedirect;
+                    (self.options, Route::Rewritten { origin, source: source.clone() })
+                }
+                (OutboundCapture::Tproxy, _) => {
+                    let origin = Origin::OutboundTproxy;
+                    (self.marked(true), Route::Socket { origin, source: source.clone() })
+                }
+            };
             let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;
-            let route = Route::Recorded(Arc::clone(records));
             worker.push(self.listener(fd, "outbound", &captured.name, route));
         }
         Ok(())
+    }
+
+    /// Accepted sockets inherit the mark, by which their packets are told and not tracked. Under
+    /// redirect there is none: what is rewritten must be tracked both ways.
+    const fn marked(&self, transparent: bool) -> ListenOptions {
+        ListenOptions { mark: Some(OWN_MARK), transparent, ..self.options }
     }
 
     fn listener(&self, fd: OwnedFd, name: &str, workload: &str, route: Route) -> Listener {

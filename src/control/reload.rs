@@ -81,6 +81,7 @@ impl Reloader {
         let loaded = Config::load(file);
         let mut new = loaded.map_err(|mistakes| ReloadError::Mistakes(mistakes.to_string()))?;
         let kept = keep(&self.config, &mut new);
+        start::fit_timers(&mut new)?;
         refuse(&new, running)?;
         let is_new = |addr: &SocketAddr| !has_listener(&self.config, *addr);
         let added: Vec<SocketAddr> =

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 
 use super::places::Place;
 use super::services::Services;
+use super::tracking::{Counted, keep_below};
 use super::{InForce, RunError, Running, capturing, descriptors, listeners, routes, takeover};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, STEER_MARK, SourcePorts};
 use crate::config::{Config, SourceAddress, Workers};
@@ -16,6 +17,16 @@ use crate::profile::RelayMode;
 use crate::ring::Marks;
 use crate::sys::process;
 use crate::worker::{self, Setup};
+
+/// Timers are below those of connection tracking, wherever it matters.
+pub(super) fn fit_timers(config: &mut Config) -> Result<(), RunError> {
+    for place in Place::all(config)? {
+        if let Some(plan) = place.plan(config) {
+            place.within(|| keep_below(&mut config.profile, &plan))?;
+        }
+    }
+    Ok(())
+}
 
 /// What is asked for in every place, as far as it can be tried without a change.
 pub(super) fn prepare(config: &Config) -> Result<Vec<(Place, Option<Prepared>)>, RunError> {
@@ -85,6 +96,7 @@ pub(super) fn start(
         bell: Notify::new(),
         captures,
         capturing,
+        counted: Counted::default(),
         draining,
         in_force: watch::Sender::new(InForce::of(config)),
         on_change: config.on_change,

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 /// Why there is no such cgroup.
@@ -63,6 +64,13 @@ pub fn open(path: &Path) -> Result<File, CgroupError> {
     File::open(path.join("cgroup.procs"))
         .and_then(|_| File::open(&path))
         .map_err(|source| CgroupError::Open { path, source })
+}
+
+/// The number of the cgroup at `path` below the mount: one that is made anew has another. `None`: there
+/// is none.
+#[must_use]
+pub fn number(path: &Path) -> Option<u64> {
+    open(path).ok()?.metadata().ok().map(|data| data.ino())
 }
 
 fn below(root: &Path, at: &Path, path: &Path) -> (usize, String) {

@@ -160,6 +160,22 @@ pub fn local_name(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     SockRef::from(&fd).local_addr().and_then(ip_address)
 }
 
+/// Where the connection meant to go before nft's redirect, canonical (`SO_ORIGINAL_DST`). Connection
+/// tracking keeps it, by the family of the packets: a client that came to a `[::]` socket over IPv4
+/// is asked for as IPv4 (`nf_getorigdst` and `ipv6_getorigdst` in net/netfilter/nf_conntrack_proto.c).
+///
+/// # Errors
+///
+/// `ENOENT`: the connection is not tracked, or no longer.
+pub fn original_dst(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(&fd);
+    match local_name(fd)? {
+        SocketAddr::V4(_) => socket.original_dst_v4(),
+        SocketAddr::V6(_) => socket.original_dst_v6(),
+    }
+    .and_then(ip_address)
+}
+
 /// Whether dialling `ip` would reach this host: an address can be bound only where it is local
 /// (where `ip_nonlocal_bind` is set, every one counts as local).
 #[must_use]

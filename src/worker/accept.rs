@@ -475,7 +475,9 @@ impl State {
         let origin = match &route {
             Route::Recorded(_) => Origin::OutboundConnect,
             Route::Named => Origin::OutboundTakeover,
-            Route::Service { origin, .. } | Route::Socket { origin, .. } => *origin,
+            Route::Rewritten { origin, .. }
+            | Route::Service { origin, .. }
+            | Route::Socket { origin, .. } => *origin,
         };
         let addr = socket::local_name(fd.as_fd()).ok();
         let port = addr.map_or(0, |addr| addr.port());

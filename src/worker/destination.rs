@@ -44,6 +44,9 @@ impl Worker {
             // Who asks for this one has not read its first request.
             Route::Named => return Err(Denied::UnknownService),
             Route::Recorded(records) => (records.take(downstream), false),
+            Route::Rewritten { source, .. } => {
+                (socket::original_dst(fd).ok().map(OriginalDst::new), *source != Source::Own)
+            }
             Route::Socket { source, .. } => {
                 (socket::local_name(fd).ok().map(OriginalDst::new), *source != Source::Own)
             }
@@ -198,8 +201,10 @@ impl Listening {
         client: IpAddr,
         to: SocketAddr,
     ) -> Option<SocketAddr> {
-        let Some(Route::Socket { source: Source::Keep(range), .. }) =
-            self.states.get(usize::from(listener)).map(|state| &state.route)
+        let Some(
+            Route::Rewritten { source: Source::Keep(range), .. }
+            | Route::Socket { source: Source::Keep(range), .. },
+        ) = self.states.get(usize::from(listener)).map(|state| &state.route)
         else {
             return None;
         };

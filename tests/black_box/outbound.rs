@@ -21,10 +21,15 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(more: &str) -> Rig {
-        let net = Net::new();
         let cgroup = Cgroup::new();
+        let config = config(&cgroup, more);
+        Rig::with(Net::new(), cgroup, &config)
+    }
+
+    /// With a config of the test's own.
+    pub(crate) fn with(net: Net, cgroup: Cgroup, config: &str) -> Rig {
         servers(&net);
-        let weir = Weir::run(&net, &config(&cgroup, more));
+        let weir = Weir::run(&net, config);
         Rig { cgroup, net, weir }
     }
 
