@@ -114,6 +114,13 @@ pub struct RuleCounts {
 /// Why traffic cannot be taken here. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
+    /// What is of this host cannot be told from what is not.
+    #[error(
+        "inbound.destinations any with source keep needs net.ipv4.ip_nonlocal_bind=0 and \
+         net.ipv6.ip_nonlocal_bind=0 in this network namespace: with them every address looks like one \
+         of this host (`sysctl -w`, or `source: own`)"
+    )]
+    BindsAnywhere,
     /// The workload's cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -176,6 +183,9 @@ impl Plan {
         if self.keeps_source() && !accepts_marks() {
             return Err(CaptureError::NoMarkAccept);
         }
+        if self.takes_any_destination() && self.keeps_source() && binds_anywhere() {
+            return Err(CaptureError::BindsAnywhere);
+        }
         if !self.marks().is_empty() {
             route::preflight()?;
         }
@@ -203,7 +213,11 @@ impl Plan {
     /// The marks by which packets are led to us.
     fn marks(&self) -> Vec<u32> {
         let outbound = self.netfilter().any(|one| one.way == Way::Tproxy);
-        let marks = [(self.keeps_source(), STEER_MARK), (outbound, OUTBOUND_MARK)];
+        let marks = [
+            (self.keeps_source(), STEER_MARK),
+            (outbound, OUTBOUND_MARK),
+            (self.takes_any_destination(), FOREIGN_MARK),
+        ];
         marks.into_iter().filter(|(wanted, _)| *wanted).map(|(_, mark)| mark).collect()
     }
 }
@@ -444,6 +458,15 @@ fn accepts_marks() -> bool {
 
 /// What `accepts_marks` asks.
 const ACCEPT_MARK: &str = "net.ipv4.tcp_fwmark_accept";
+
+/// Every address can be bound, as if it were of this host.
+fn binds_anywhere() -> bool {
+    ["ipv4", "ipv6"].iter().any(|family| {
+        std::fs::read_to_string(format!("/proc/sys/net/{family}/ip_nonlocal_bind"))
+            .is_ok_and(|text| text.trim() == "1")
+    })
+}
+
 /// `SO_MARK` of our own sockets, under `MARK_MASK`: never taken, never tracked.
 pub const OWN_MARK: u32 = 0x539;
 /// `SO_MARK` of sockets that dial under a client's address, under `MARK_MASK`. The workload's
@@ -457,6 +480,8 @@ pub const SOCKET_MARK: u32 = OWN_MARK & SOCKET_MARK_MASK;
 /// See `SOCKET_MARK`.
 pub const SOCKET_MARK_MASK: u32 = MARK_MASK & !0x3;
 const _: () = assert!(STEER_MARK & SOCKET_MARK_MASK == SOCKET_MARK);
+/// Marks packets for destinations that are not of this host, which are led to us, under `MARK_MASK`.
+pub const FOREIGN_MARK: u32 = 0x53c;
 /// The bits that are ours; others may use the rest.
 pub const MARK_MASK: u32 = 0xfff;
 /// The route table in which everything is local.

@@ -105,6 +105,8 @@ pub struct Forward {
 pub struct Inbound {
     /// By which means.
     pub capture: InboundCapture,
+    /// Which destinations are taken.
+    pub destinations: Reach,
     /// The capture listener; `[::]` takes both families.
     pub listen: SocketAddr,
     /// Destination ports to take.
@@ -115,6 +117,15 @@ pub struct Inbound {
     pub source: SourceAddress,
     /// Ports to dial the workload from under a client's address.
     pub source_ports: RangeInclusive<u16>,
+}
+
+/// Which destinations inbound capture takes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reach {
+    /// Also those that this host would forward: for a gateway or a node.
+    Any,
+    /// Addresses of this host.
+    Local,
 }
 
 /// How inbound traffic is taken.

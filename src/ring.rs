@@ -28,7 +28,7 @@ use scratch::Scratch;
 use spin::Spin;
 use turn::{Again, CANCEL, DESCRIPTOR};
 
-pub use dial::{DialOptions, Marks};
+pub use dial::{DialFrom, DialOptions, Marks};
 pub use pipes::{SpliceLimits, Spliced};
 pub use probe::{Fallback, Features};
 pub use setup::{RingError, Setup};
@@ -313,7 +313,7 @@ impl Ring {
     /// One linked chain: socket, options, bind, connect. Every step carries the same token and
     /// reports only failure, and a step that fails silences those behind it (`REQ_F_SKIP_LINK_CQES`
     /// in io_uring/io_uring.c), so exactly one event comes: the first failure, or the connect's.
-    pub fn dial(&mut self, token: Token, to: SocketAddr, from: Option<SocketAddr>) {
+    pub fn dial(&mut self, token: Token, to: SocketAddr, from: Option<DialFrom>) {
         let (flow, upper) = (token.flow(), self.flows_max);
         let Ok(slot) = types::DestinationSlot::try_from_slot_target(upper + flow.slot()) else {
             return;
@@ -331,7 +331,7 @@ impl Ring {
             self.push_link(token, option.request(fd));
         }
         if let Some(from) = from {
-            let (address, bytes) = self.scratch.address(from);
+            let (address, bytes) = self.scratch.address(from.addr);
             self.push_link(token, opcode::Bind::new(fd, address, bytes).build());
         }
         let (address, bytes) = self.scratch.address(to);

@@ -147,6 +147,8 @@ pub enum Route {
     },
     /// To the accepted socket's own address (`getsockname`), as under tproxy.
     Socket {
+        /// Some are not of this host.
+        any_destination: bool,
         /// `InboundTproxy` or `OutboundTproxy`.
         origin: Origin,
         /// Whose address the upstream sees.

@@ -71,6 +71,10 @@ pub(super) fn text(plan: &Plan) -> Result<Option<String>, CaptureError> {
             format!("iifname != \"lo\" {SYN} fib daddr type local jump inbound"),
         ];
         chains.add("input", Some("type filter hook input priority -10"), &rules);
+        if inbound.any_destination {
+            let rule = format!("{SYN} jump inbound");
+            chains.add("forward", Some("type filter hook forward priority -10"), &[rule]);
+        }
     }
     let ours = format!("{{ {OWN_MARK:#x}, {STEER_MARK:#x}, {OUTBOUND_MARK:#x} }}");
     let mut output = vec![format!("meta mark & {MARK_MASK:#x} == {ours} return")];

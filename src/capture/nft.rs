@@ -164,6 +164,7 @@ mod tests {
 
     fn inbound(listen: &str, way: Way) -> String {
         let inbound = Inbound {
+            any_destination: false,
             exclude: vec![22..=22],
             include: vec![1..=65_535],
             keep_source: true,

@@ -27,6 +27,8 @@ pub struct Plan {
 /// Traffic to the workload.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Inbound {
+    /// Also destinations that are not of this host, which it would forward (`Tproxy`).
+    pub any_destination: bool,
     /// Left alone; wins over `include`.
     pub exclude: Vec<RangeInclusive<u16>>,
     /// Taken.
@@ -113,6 +115,10 @@ impl Plan {
             _ => &[],
         });
         paths.map(|path| cgroup::number(path)).collect()
+    }
+
+    pub(super) fn takes_any_destination(&self) -> bool {
+        self.inbound.as_ref().is_some_and(|inbound| inbound.any_destination)
     }
 
     pub(super) fn keeps_source(&self) -> bool {

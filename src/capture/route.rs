@@ -8,7 +8,7 @@
 use std::io;
 use std::process::{Command, Stdio};
 
-use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, STEER_MARK};
+use super::{CaptureError, FOREIGN_MARK, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, STEER_MARK};
 use crate::sys::{netns, process};
 
 /// Rules and routes. Dropping it removes them.
@@ -48,13 +48,19 @@ pub(super) fn steps(marks: &[u32]) -> Vec<Step> {
             apply: format!("{family} route replace {route}"),
             undo: format!("{family} route del {route}"),
         });
-        for mark in marks {
-            let rule = format!("fwmark {mark:#x}/{MARK_MASK:#x} lookup {ROUTE_TABLE}");
-            steps.push(Step {
-                apply: format!("{family} rule add {rule}"),
-                undo: format!("{family} rule del {rule}"),
-            });
-        }
+        let rules = marks.iter().flat_map(|mark| {
+            let mark = format!("fwmark {mark:#x}/{MARK_MASK:#x}");
+            let lead = format!("{mark} lookup {ROUTE_TABLE}");
+            // Where packets keep their mark when the kernel asks for the way back to their source
+            // (`src_valid_mark`), as if it sent from lo, that way must not lead to us, or they are
+            // martians. A rule that is added later comes first.
+            let way_back = format!("iif lo {mark} goto {MAIN_RULE}");
+            [Some(lead), mark.contains(&format!("{FOREIGN_MARK:#x}")).then_some(way_back)]
+        });
+        steps.extend(rules.flatten().map(|rule| Step {
+            apply: format!("{family} rule add {rule}"),
+            undo: format!("{family} rule del {rule}"),
+        }));
     }
     steps
 }
@@ -114,6 +120,8 @@ impl Drop for Routes {
 pub(super) fn stands(undo: &str) -> Result<bool, CaptureError> {
     let asked = undo.replace(" del ", " show ").replace("lookup", "table");
     let asked = asked.replace("local default", "default type local");
+    // Where it goes to is not to be asked for; its mark and interface say enough.
+    let asked = asked.replace(&format!(" goto {MAIN_RULE}"), "");
     Ok(!show(&asked)?.trim().is_empty())
 }
 
@@ -151,7 +159,9 @@ fn missing(source: io::Error) -> CaptureError {
 }
 
 /// Every mark that any weir leads to itself.
-const MARKS: [u32; 2] = [STEER_MARK, OUTBOUND_MARK];
+const MARKS: [u32; 3] = [STEER_MARK, OUTBOUND_MARK, FOREIGN_MARK];
+/// The preference of the rule for the main table, where the kernel puts it.
+const MAIN_RULE: u32 = 32_766;
 
 #[cfg(test)]
 mod tests {

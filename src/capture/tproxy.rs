@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use super::nft::elements::{destinations, ports};
 use super::nft::{Draft, Hook, matching};
 use super::plan::{Inbound, Netfilter};
-use super::{CaptureError, MARK_MASK, OUTBOUND_MARK, OWN_MARK};
+use super::{CaptureError, FOREIGN_MARK, MARK_MASK, OUTBOUND_MARK, OWN_MARK};
 
 /// What arrives for a taken port is given to our listener. `tproxy` finds an established socket
 /// first, and leaves alone what belongs to one that is not transparent: the replies to the
@@ -36,9 +36,36 @@ pub(super) fn inbound(
         Hook::Prerouting,
         "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
     );
+    if inbound.any_destination {
+        foreign(draft, inbound, own_ports, &to);
+    }
     if !accepts_marks {
         draft.rule(Hook::Output, format!("oifname lo tcp sport {included} counter notrack accept"));
     }
+}
+
+/// What this host would forward is led to us by a mark, and given to our listener. Only a SYN is taken,
+/// because nothing here tells the rest of a connection that goes by from one that we took; what
+/// belongs to a socket of ours is told by that socket.
+fn foreign(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16], to: &str) {
+    let lead = format!("meta mark set meta mark & {:#x} | {FOREIGN_MARK:#x}", !MARK_MASK);
+    let port = inbound.listen.port();
+    // A connection that is being made or has ended has no mark of its own, so it is not asked for. A
+    // listener, found by its port alone, is none of these.
+    draft.first(
+        Hook::Prerouting,
+        format!(
+            "iifname != \"lo\" tcp dport != {port} socket transparent 1 fib daddr type unicast {lead} \
+             counter notrack accept"
+        ),
+    );
+    let mut rules = left_alone(inbound, own_ports);
+    rules.push(format!("tcp dport {} {to} {lead} counter notrack accept", ports(&inbound.include)));
+    draft.taking("inbound_foreign", rules);
+    draft.rule(
+        Hook::Prerouting,
+        "iifname != \"lo\" tcp flags & (syn | ack) == syn fib daddr type unicast jump inbound_foreign",
+    );
 }
 
 /// Ports that are not taken: what was asked for, and our own.

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::claims::{ADDRESS, Claim};
 use super::workloads::Scope;
 use super::{
-    Destinations, Inbound, InboundCapture, Outbound, OutboundCapture, Ports, ProxyProtocol,
+    Destinations, Inbound, InboundCapture, Outbound, OutboundCapture, Ports, ProxyProtocol, Reach,
     SourceAddress, Workload,
 };
 use crate::addr::join_ports;
@@ -26,6 +26,7 @@ pub(super) fn inbound(
     let mut section = Section::open(Some(node), &scope.key("inbound"), mistakes);
     let inbound = Inbound {
         capture: section.word("capture", &INBOUND, mistakes).unwrap_or(InboundCapture::Tproxy),
+        destinations: section.word("destinations", &REACH, mistakes).unwrap_or(Reach::Local),
         listen: section.parsed("listen", ADDRESS, mistakes).unwrap_or(INBOUND_LISTEN),
         ports: ports(section.section("ports", mistakes), mistakes),
         proxy_protocol: section
@@ -41,6 +42,9 @@ pub(super) fn inbound(
             inbound.listen
         );
         mistakes.add(place, &section.path("listen"), text);
+    }
+    if inbound.capture == InboundCapture::Redirect && inbound.destinations == Reach::Any {
+        mistakes.add(place, &section.path("destinations"), "any needs capture tproxy");
     }
     let claim = Claim::new(&scope.key("inbound"), place, inbound.listen);
     claims.push(claim.within(&scope.namespace));
@@ -216,6 +220,7 @@ const OUTBOUND: [(&str, OutboundCapture); 3] = [
 const OUTBOUND_LISTEN: SocketAddr = SocketAddr::new(LOOPBACK[0], 15_001);
 const PROXY_PROTOCOL: [(&str, ProxyProtocol); 3] =
     [("off", ProxyProtocol::Off), ("v1", ProxyProtocol::V1), ("v2", ProxyProtocol::V2)];
+const REACH: [(&str, Reach); 2] = [("any", Reach::Any), ("local", Reach::Local)];
 const SOURCE: [(&str, SourceAddress); 2] =
     [("keep", SourceAddress::Keep), ("own", SourceAddress::Own)];
 /// Below the ephemeral range of Linux (32768 to 60999), above what services usually listen on.

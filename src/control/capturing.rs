@@ -14,7 +14,7 @@ use crate::capture::{
 };
 use crate::config::{
     Captured, Config, InboundCapture, Namespace, OnChange, OnExit, Outbound, OutboundCapture,
-    SourceAddress, Workload,
+    Reach, SourceAddress, Workload,
 };
 
 /// Capture in place, in one network namespace after the other.
@@ -43,6 +43,7 @@ pub(super) fn plan(captured: &[Captured], config: &Config) -> Option<Plan> {
     }
     let inbound = captured.iter().find_map(|captured| captured.inbound.as_ref());
     let inbound = inbound.map(|inbound| capture::Inbound {
+        any_destination: inbound.destinations == Reach::Any,
         exclude: inbound.ports.exclude.clone(),
         include: inbound.ports.include.clone(),
         keep_source: inbound.source == SourceAddress::Keep,

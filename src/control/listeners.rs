@@ -12,7 +12,7 @@ use super::places::Place;
 use super::routes::Plain;
 use crate::capture::{OWN_MARK, Prepared, Records};
 use crate::config::{
-    Captured, Config, Inbound, InboundCapture, Outbound, OutboundCapture, ProxyProtocol,
+    Captured, Config, Inbound, InboundCapture, Outbound, OutboundCapture, ProxyProtocol, Reach,
     SourceAddress,
 };
 use crate::metrics::Origin;
@@ -61,7 +61,11 @@ pub(super) fn inbound_route(inbound: &Inbound) -> Route {
     };
     match inbound.capture {
         InboundCapture::Redirect => Route::Rewritten { origin: Origin::InboundRedirect, source },
-        InboundCapture::Tproxy => Route::Socket { origin: Origin::InboundTproxy, source },
+        InboundCapture::Tproxy => Route::Socket {
+            any_destination: inbound.destinations == Reach::Any,
+            origin: Origin::InboundTproxy,
+            source,
+        },
     }
 }
 
@@ -153,7 +157,8 @@ impl Opening<'_> {
                 }
                 (OutboundCapture::Tproxy, _) => {
                     let origin = Origin::OutboundTproxy;
-                    (self.marked(true), Route::Socket { origin, source: source.clone() })
+                    let (any_destination, source) = (false, source.clone());
+                    (self.marked(true), Route::Socket { any_destination, origin, source })
                 }
             };
             let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;

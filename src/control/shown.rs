@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::config::{
     Captured, Config, Destinations, Forward, Inbound, InboundCapture, Named, Namespace, OnChange,
-    OnExit, Outbound, OutboundCapture, ProxyProtocol, Registry, RegistryKind, SourceAddress,
+    OnExit, Outbound, OutboundCapture, ProxyProtocol, Reach, Registry, RegistryKind, SourceAddress,
     Takeover, Wanted, Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
@@ -108,6 +108,7 @@ fn inbound(inbound: &Inbound) -> Value {
             InboundCapture::Redirect => "redirect",
             InboundCapture::Tproxy => "tproxy",
         },
+        "destinations": match inbound.destinations { Reach::Any => "any", Reach::Local => "local" },
         "listen": inbound.listen.to_string(),
         "ports": { "include": ports(&inbound.ports.include), "exclude": ports(&inbound.ports.exclude) },
         "source": match inbound.source { SourceAddress::Keep => "keep", SourceAddress::Own => "own" },
@@ -259,6 +260,7 @@ workers: [0, 1]
 on_exit: open
 inbound:
   capture: tproxy
+  destinations: any
   listen: "0.0.0.0:16006"
   ports: { include: [80, "8000-8100"], exclude: 8022 }
   source: own

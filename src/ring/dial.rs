@@ -41,20 +41,31 @@ enum Value {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum When {
     Always,
-    /// Dialled from an address of ours.
-    Unbound,
     /// Bound to somebody else's address.
     Bound,
     BoundV4,
     BoundV6,
+    /// Bound to somebody else's address, and to an address of this host.
+    Here,
+    /// All but these.
+    NotHere,
+}
+
+/// Somebody else's address to dial from.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DialFrom {
+    /// What is dialled is not of this host: no mark leads its answers here.
+    pub abroad: bool,
+    /// To bind to.
+    pub addr: SocketAddr,
 }
 
 /// `SO_MARK` of dialled sockets; needs `CAP_NET_ADMIN`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Marks {
-    /// Of those bound to somebody else's address.
+    /// Of those bound to somebody else's address that dial an address of this host.
     pub bound: u32,
-    /// Of those with an address of ours.
+    /// Of all others.
     pub unbound: u32,
 }
 
@@ -73,8 +84,8 @@ impl DialOptions {
         options.add(When::Bound, "SO_REUSEADDR", (libc::SOL_SOCKET, libc::SO_REUSEADDR), 1);
         if let Some(Marks { bound, unbound }) = marks {
             let option = (libc::SOL_SOCKET, libc::SO_MARK);
-            options.add(When::Bound, "SO_MARK", option, bound.cast_signed());
-            options.add(When::Unbound, "SO_MARK", option, unbound.cast_signed());
+            options.add(When::Here, "SO_MARK", option, bound.cast_signed());
+            options.add(When::NotHere, "SO_MARK", option, unbound.cast_signed());
         }
         if sockets.nodelay {
             options.add(When::Always, "TCP_NODELAY", (libc::IPPROTO_TCP, libc::TCP_NODELAY), 1);
@@ -119,13 +130,14 @@ impl DialOptions {
     }
 
     /// Option `index`, if a socket bound to `from` needs it.
-    pub(super) fn option(&self, index: usize, from: Option<SocketAddr>) -> Option<&DialOption> {
+    pub(super) fn option(&self, index: usize, from: Option<DialFrom>) -> Option<&DialOption> {
         self.list.get(index).filter(|option| match option.when {
             When::Always => true,
-            When::Unbound => from.is_none(),
             When::Bound => from.is_some(),
-            When::BoundV4 => from.is_some_and(|addr| addr.is_ipv4()),
-            When::BoundV6 => from.is_some_and(|addr| addr.is_ipv6()),
+            When::Here => from.is_some_and(|from| !from.abroad),
+            When::NotHere => from.is_none_or(|from| from.abroad),
+            When::BoundV4 => from.is_some_and(|from| from.addr.is_ipv4()),
+            When::BoundV6 => from.is_some_and(|from| from.addr.is_ipv6()),
         })
     }
 

@@ -284,7 +284,11 @@ fn dial_from_another_address_is_seen_from_there() {
         let from: SocketAddr = from.parse().unwrap();
         let listener = TcpListener::bind(to).unwrap();
         let dial = token(Kind::Connect, 0, 1);
-        bench.ring.dial(dial, listener.local_addr().unwrap(), Some(from));
+        bench.ring.dial(
+            dial,
+            listener.local_addr().unwrap(),
+            Some(DialFrom { abroad: false, addr: from }),
+        );
         let event = bench.next(Kind::Connect);
         if nix::unistd::geteuid().is_root() {
             assert_eq!(event.result, 0);
@@ -302,7 +306,7 @@ fn dial_that_cannot_bind_says_so_once() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = listener.local_addr().unwrap();
     let dial = token(Kind::Connect, 0, 1);
-    bench.ring.dial(dial, taken, Some(taken));
+    bench.ring.dial(dial, taken, Some(DialFrom { abroad: false, addr: taken }));
     let refusal = if nix::unistd::geteuid().is_root() { libc::EADDRINUSE } else { libc::EPERM };
     assert_eq!(result_of(bench.next(Kind::Connect)), (dial, -refusal, false));
     bench.assert_silent();

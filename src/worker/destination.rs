@@ -14,6 +14,7 @@ use super::{Route, Source};
 use crate::addr::{Downstream, OriginalDst};
 use crate::metrics::Denied;
 use crate::op::{CloseReason, Completion, Errno, FlowId, Kind, Side, Timer, Token};
+use crate::ring::DialFrom;
 use crate::service::{EndpointId, Pick, ServiceId, key_of};
 use crate::sys::socket;
 
@@ -186,14 +187,28 @@ impl Worker {
     fn redial(&mut self, slot: FlowId) {
         let Some(entry) = self.slab.entry(slot) else { return };
         entry.redials += 1;
-        let Peers { source, upstream, .. } = entry.peers;
+        let Peers { listener, source, upstream, .. } = entry.peers;
         let token = Token::new(Kind::Connect, slot, entry.generation);
         self.ring.close(slot, Side::Upstream, true);
-        self.ring.dial(token, upstream, source);
+        let from = self.listening.dial_from(listener, source, upstream);
+        self.ring.dial(token, upstream, from);
     }
 }
 
 impl Listening {
+    /// How to dial `to` from `source`. Who is here answers through us; what is abroad is reached by the
+    /// ordinary way.
+    pub(super) fn dial_from(
+        &self,
+        listener: u16,
+        source: Option<SocketAddr>,
+        to: SocketAddr,
+    ) -> Option<DialFrom> {
+        let route = self.states.get(usize::from(listener)).map(|state| &state.route);
+        let any = matches!(route, Some(Route::Socket { any_destination: true, .. }));
+        source.map(|addr| DialFrom { abroad: any && !socket::is_local_address(to.ip()), addr })
+    }
+
     /// An address of the client to dial from, if this listener's upstreams shall see the client.
     fn choose_source(
         &mut self,

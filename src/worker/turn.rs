@@ -204,8 +204,9 @@ impl Worker {
                 Op::Cancel(request) => self.ring.cancel(token(Kind::of(request))),
                 Op::Close { side, reset } => self.ring.close(slot, side, reset),
                 Op::Connect => {
-                    let Peers { upstream, source, .. } = entry.peers;
-                    self.ring.dial(token(Kind::Connect), upstream, source);
+                    let Peers { listener, upstream, source, .. } = entry.peers;
+                    let from = self.listening.dial_from(listener, source, upstream);
+                    self.ring.dial(token(Kind::Connect), upstream, from);
                 }
                 Op::Install(side) => {
                     self.ring.install(token(Kind::of(Request::Install(side))), side);

@@ -8,6 +8,7 @@
 mod checks;
 mod copy;
 mod crash;
+mod gateway;
 mod half_close;
 mod harness;
 mod hook;
@@ -18,6 +19,7 @@ mod loops;
 mod outbound;
 mod outbound_nft;
 mod peers;
+mod programs;
 mod proxy_protocol;
 mod redirect;
 mod relays;
