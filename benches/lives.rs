@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Flows that live without a kernel: what both kinds of benches drive.
 
-use weir::flow::{Flow, Ops, Rules, Segments};
+use weir::flow::{Can, Flow, Ops, Rules, Segments};
 use weir::op::{BufferId, Completion, Op, Segment, Side};
 use weir::profile::Profile;
 
@@ -16,7 +16,11 @@ impl Lives {
     /// With the default profile.
     pub(crate) fn new() -> Lives {
         let profile = Profile::default();
-        Lives { ops: Ops::new(), rules: Rules::new(&profile, true), segments: Segments::new(8) }
+        Lives {
+            ops: Ops::new(),
+            rules: Rules::new(&profile, Can { forward: false, splice: true }),
+            segments: Segments::new(8),
+        }
     }
 
     /// Accepted and connected.

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 
+use crate::bpf::sockmap::SockmapError;
 use crate::capture::{CaptureError, OWN_MARK, Records};
 use crate::config::{Config, OnChange};
 use crate::profile::Profile;
@@ -34,6 +35,7 @@ mod checks;
 pub mod client;
 mod descriptors;
 mod exposition;
+mod forwarding;
 mod listeners;
 mod places;
 mod reload;
@@ -118,9 +120,6 @@ pub enum RunError {
          a seccomp filter forbids (Linux 6.8 or newer, or relay copy or auto)"
     )]
     NoSplice,
-    /// Something asked for is not in this version.
-    #[error("{0}")]
-    NotYet(String),
     /// Spliced flows and pipes need more descriptors than there can be.
     #[error(
         "relay splice needs RLIMIT_NOFILE of at least {needed}, and it is {limit}: two for each of \
@@ -148,6 +147,9 @@ pub enum RunError {
     /// The control thread's own runtime.
     #[error("start the control thread: {0}")]
     Runtime(io::Error),
+    /// The kernel does not forward, or not as it must.
+    #[error("relay {0}; or use relay auto or copy")]
+    Sockmap(SockmapError),
     /// The application API of takeover.
     #[error("listen on takeover.api {addr}: {source} (`ss -ltnp` shows who is there)")]
     TakeoverApi {
@@ -182,6 +184,8 @@ struct Running {
     /// By the rules of the capture.
     counted: tracking::Counted,
     draining: AtomicBool,
+    /// The sockmap relay was to be used where it serves, and cannot be.
+    fallback: Option<Fallback>,
     in_force: watch::Sender<InForce>,
     /// Rung when somebody asks to drain.
     bell: Notify,

@@ -11,6 +11,8 @@
 #![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
 
 use half::{Half, Path, Target};
+use in_flight::InFlight;
+use sockmap::Bond;
 use splice::Broken;
 
 use crate::op::{
@@ -20,9 +22,11 @@ use crate::profile::{self, RelayMode};
 
 pub use ops::Ops;
 pub use segments::{Queue, Segments};
+pub use sockmap::Forwarding;
 
 mod copy;
 mod half;
+mod in_flight;
 mod ops;
 mod segments;
 #[cfg(test)]
@@ -33,11 +37,13 @@ mod segments;
     reason = "a test may panic"
 )]
 mod simulation;
+mod sockmap;
 mod splice;
 
 /// A pair of joined sockets.
 #[derive(Clone, Copy, Debug)]
 pub struct Flow {
+    bond: Bond,
     fall: Option<Fall>,
     from_downstream: Half,
     from_upstream: Half,
@@ -46,7 +52,11 @@ pub struct Flow {
     lead_bytes: u32,
     /// Sides whose descriptor is lent, one bit each.
     lent: u8,
+    /// Receives that brought bytes, since the kernel was last thought of.
+    messages: u32,
     state: State,
+    /// Sides whose FIN a watch has told of, one bit each.
+    stirred: u8,
 }
 
 /// What every flow of a worker goes by; from the profile.
@@ -56,6 +66,8 @@ pub struct Rules {
     pub bulk_after_bytes: u64,
     /// Average bytes a receive must bring for its direction to count as bulky.
     pub bulk_segment_bytes: u32,
+    /// Which flows are given to the kernel; `None` for none.
+    pub forwarding: Option<Forwarding>,
     /// Bytes that a pipe may hold.
     pub pipe_bytes: u32,
     /// Buffers one direction may hold before its receive is cancelled; at least 2.
@@ -72,6 +84,15 @@ pub struct Rules {
     pub splice_short_bytes: u32,
     /// Bytes one direction may hold; at least 2.
     pub window_bytes: u32,
+}
+
+/// What can be done here besides copy.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Can {
+    /// The kernel forwards, and does it right.
+    pub forward: bool,
+    /// The kernel splices without waiting, and there are descriptors for it.
+    pub splice: bool,
 }
 
 /// Which directions are promoted to a faster path.
@@ -97,10 +118,6 @@ enum State {
     Relaying,
 }
 
-/// The set of requests in flight.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-struct InFlight(u16);
-
 impl Flow {
     /// A flow whose downstream was just accepted: dial, and listen to what it has to say. `lead`
     /// goes upstream before anything else and counts as nobody's bytes.
@@ -111,13 +128,16 @@ impl Flow {
         ops: &mut Ops,
     ) -> Flow {
         let mut flow = Flow {
+            bond: Bond::Apart,
             fall: None,
             from_downstream: Half::new(Target::Unconnected),
             from_upstream: Half::new(Target::Open),
             in_flight: InFlight::default(),
             lead_bytes: lead.map_or(0, |lead| lead.len),
             lent: 0,
+            messages: 0,
             state: State::Connecting,
+            stirred: 0,
         };
         if let Some(lead) = lead {
             flow.from_downstream.copying.push(segments, lead);
@@ -145,12 +165,14 @@ impl Flow {
             return self.close(reason, segments, ops);
         }
         match completion {
-            Completion::Deaf => self.watch(ops),
-            Completion::Connected(_) | Completion::Installed { .. } => {
+            Completion::Deaf => {}
+            Completion::Connected(_) | Completion::Installed { .. } | Completion::Joined(_) => {
                 Side::BOTH.into_iter().for_each(|from| self.drive(from, rules, ops));
             }
             _ => self.drive(completion.half(), rules, ops),
         }
+        self.gather(rules, ops);
+        self.watch(completion == Completion::Deaf, ops);
         self.lend(ops);
         self.finish(segments, ops);
     }
@@ -165,8 +187,8 @@ impl Flow {
     ) -> Result<(), CloseReason> {
         match completion {
             Completion::Received { side, result, .. } => match result {
-                Ok(Some(segment)) => self.half(side).copying.push(segments, segment),
-                Ok(None) => self.half(side).source_ended = true,
+                Ok(Some(segment)) => self.received(side, segments, segment),
+                Ok(None) => self.half(side).ended(),
                 Err(Errno(ENOBUFS)) => self.starve(side, ops),
                 Err(Errno(ECANCELED | EAGAIN | EINTR)) => {}
                 Err(_) => return Err(CloseReason::reset_by(side)),
@@ -189,6 +211,16 @@ impl Flow {
             Completion::Installed { result: Err(_), .. } => {
                 self.fall = Some(Fall::Descriptors);
                 Side::BOTH.into_iter().for_each(|from| self.half(from).stay());
+                self.stay_apart();
+            }
+            Completion::Joined(result) => self.joined(result),
+            Completion::Stirred { side, is_broken, .. } => self.stirred(side, is_broken)?,
+            Completion::Forwarded { bytes, from, stopped } => {
+                self.forwarded(from, bytes, stopped);
+            }
+            Completion::Drained { from, result: Ok(passed) } => self.half(from).drained(passed),
+            Completion::Drained { from, result: Err(_) } => {
+                return Err(CloseReason::reset_by(from.other()));
             }
             Completion::Connected(Ok(())) => {
                 self.state = State::Relaying;
@@ -200,10 +232,7 @@ impl Flow {
                 return Err(CloseReason::reset_by(side));
             }
             Completion::BuffersFree(side) => self.half(side).copying.feed(),
-            Completion::Stirred { is_broken: true, side, .. } => {
-                return Err(CloseReason::reset_by(side));
-            }
-            Completion::Deaf | Completion::Stirred { is_broken: false, .. } => {}
+            Completion::Deaf => {}
             Completion::Expired(timer) => return Err(timer.into()),
             Completion::Expelled(reason) => return Err(reason),
         }
@@ -292,11 +321,14 @@ impl Flow {
         lives && is_connected && half.is_deaf() && !self.in_flight.contains(Request::Watch(side))
     }
 
-    /// Has deaf sides watched, from now to the end: that costs less than to begin and end it with
-    /// each pause.
-    fn watch(&mut self, ops: &mut Ops) {
+    /// Has sides watched that were deaf for long, from now to the end: that costs less than to begin
+    /// and end it with each pause. So are both that the kernel reads or writes: nobody in user space
+    /// would find out.
+    fn watch(&mut self, was_deaf: bool, ops: &mut Ops) {
         for side in Side::BOTH {
-            if self.wants_watch(side) {
+            let is_watched = self.in_flight.contains(Request::Watch(side));
+            let is_joined = self.bond == Bond::Joined && !is_watched;
+            if is_joined || (was_deaf && self.wants_watch(side)) {
                 self.request(Op::Watch(side), ops);
             }
         }
@@ -322,6 +354,15 @@ impl Flow {
         ops.push(op);
     }
 
+    fn received(&mut self, side: Side, segments: &mut Segments, segment: Segment) {
+        self.messages = self.messages.saturating_add(1);
+        let half = self.half(side);
+        if matches!(half.path, Path::Landed(_)) {
+            half.mark += u64::from(segment.len);
+        }
+        half.copying.push(segments, segment);
+    }
+
     /// The socket took so many bytes.
     fn sent(&mut self, from: Side, segments: &mut Segments, bytes: u32) {
         let lead = if from == Side::Downstream { bytes.min(self.lead_bytes) } else { 0 };
@@ -340,16 +381,22 @@ impl Flow {
 
     /// Takes the path that serves the direction best, and starts whatever it can do now.
     fn drive(&mut self, from: Side, rules: &Rules, ops: &mut Ops) {
-        let (relaying, lent) = (self.state == State::Relaying, self.lent == BOTH_LENT);
+        let (relaying, lent) = (self.state == State::Relaying, self.is_lent());
         while relaying && self.half(from).steer(rules, lent) {}
         while let Some(op) = self.half(from).next_op(from, rules) {
             self.request(op, ops);
         }
     }
 
+    /// The descriptors of both sides are here.
+    fn is_lent(&self) -> bool {
+        self.lent == BOTH_LENT
+    }
+
     /// Asks for descriptors as soon as one direction wants them, gives them back after the last.
     fn lend(&mut self, ops: &mut Ops) {
-        let wanted = [self.from_downstream.path, self.from_upstream.path] != [Path::Copy; 2];
+        let wants = |half: &Half| matches!(half.path, Path::Joining | Path::Leaving | Path::Splice);
+        let wanted = wants(&self.from_downstream) || wants(&self.from_upstream);
         let mut asked = false;
         for side in Side::BOTH {
             let is_here = self.lent & bit(side) != 0;
@@ -446,7 +493,9 @@ impl Completion {
             Completion::BuffersFree(side)
             | Completion::Received { side, .. }
             | Completion::Stirred { side, .. } => side,
-            Completion::Ready { from }
+            Completion::Drained { from, .. }
+            | Completion::Forwarded { from, .. }
+            | Completion::Ready { from }
             | Completion::Sent { from, .. }
             | Completion::Spliced { from, .. } => from,
             _ => Side::Downstream,
@@ -454,77 +503,28 @@ impl Completion {
     }
 }
 
-impl Op {
-    /// The request that this operation puts in flight.
-    const fn begins(self) -> Option<Request> {
-        match self {
-            Op::Await { from, .. } => Some(Request::Await(from)),
-            Op::Connect => Some(Request::Connect),
-            Op::Install(side) => Some(Request::Install(side)),
-            Op::Receive { side, .. } => Some(Request::Receive(side)),
-            Op::Send { from, .. } => Some(Request::Send(from)),
-            Op::Shutdown(side) => Some(Request::Shutdown(side)),
-            Op::Splice { from, .. } => Some(Request::Splice(from)),
-            Op::Watch(side) => Some(Request::Watch(side)),
-            Op::AwaitBuffers(_) | Op::Cancel(_) | Op::Close { .. } | Op::Uninstall => None,
-        }
-    }
-}
-
-impl InFlight {
-    /// What may wait for a peer. The FIN, a descriptor and a step of a pipe never do.
-    const CANCELLABLE: [Request; 9] = [
-        Request::Await(Side::Downstream),
-        Request::Await(Side::Upstream),
-        Request::Connect,
-        Request::Receive(Side::Downstream),
-        Request::Receive(Side::Upstream),
-        Request::Send(Side::Downstream),
-        Request::Send(Side::Upstream),
-        Request::Watch(Side::Downstream),
-        Request::Watch(Side::Upstream),
-    ];
-
-    const fn bit(request: Request) -> u16 {
-        match request {
-            Request::Connect => 1,
-            Request::Receive(side) => 2 << side as u8,
-            Request::Send(side) => 8 << side as u8,
-            Request::Shutdown(side) => 32 << side as u8,
-            Request::Await(side) => 128 << side as u8,
-            Request::Install(side) => 512 << side as u8,
-            Request::Splice(side) => 2048 << side as u8,
-            Request::Watch(side) => 8192 << side as u8,
-        }
-    }
-
-    const fn contains(self, request: Request) -> bool {
-        self.0 & InFlight::bit(request) != 0
-    }
-
-    fn insert(&mut self, request: Request) {
-        self.0 |= InFlight::bit(request);
-    }
-
-    fn remove(&mut self, request: Request) {
-        self.0 &= !InFlight::bit(request);
-    }
-}
-
 impl Rules {
-    /// As the profile says. `can_splice`: the kernel can, and there are descriptors for it.
+    /// As the profile says, as far as `can` goes.
     #[must_use]
-    pub fn new(profile: &profile::Profile, can_splice: bool) -> Rules {
+    pub fn new(profile: &profile::Profile, can: Can) -> Rules {
         let profile::Profile { buffers, relay, .. } = profile;
         let full = |bytes: u32| bytes / 100 * relay.splice_fullness_percent;
         Rules {
             bulk_after_bytes: relay.bulk_after_bytes,
             bulk_segment_bytes: buffers.small_bytes / 2,
+            forwarding: match relay.mode {
+                RelayMode::Auto if can.forward => Some(Forwarding {
+                    after_messages: relay.sockmap_after_messages,
+                    message_bytes_max: relay.sockmap_message_bytes_max,
+                }),
+                RelayMode::Sockmap if can.forward => Some(Forwarding::ALWAYS),
+                _ => None,
+            },
             pipe_bytes: relay.pipe_bytes.min(relay.window_bytes),
             segments_max: relay.segments_max.max(2),
             splice: match relay.mode {
-                RelayMode::Auto if can_splice => Promotion::Bulk,
-                RelayMode::Splice if can_splice => Promotion::Always,
+                RelayMode::Auto if can.splice => Promotion::Bulk,
+                RelayMode::Splice if can.splice => Promotion::Always,
                 _ => Promotion::Never,
             },
             splice_after_bytes: relay.splice_after_bytes,

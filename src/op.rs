@@ -7,7 +7,7 @@
 use std::io;
 
 pub use reason::CloseReason;
-pub use relay::{Fall, Relay};
+pub use relay::{Fall, Joined, Relay};
 
 mod reason;
 mod relay;
@@ -100,6 +100,9 @@ pub enum Op {
     },
     /// Say `Completion::BuffersFree` when the pool has room again; replaces an armed receive.
     AwaitBuffers(Side),
+    /// Say `Completion::Drained` when everything that the kernel has forwarded from this side is in
+    /// the other side's socket.
+    AwaitDrained(Side),
     /// End the named request early. Its own completion still comes; the cancel has none.
     Cancel(Request),
     /// Give the socket back. Valid only with no request of that side in flight.
@@ -113,6 +116,11 @@ pub enum Op {
     Connect,
     /// Lend a real descriptor of this side's socket; kept until `Uninstall` or `Close`.
     Install(Side),
+    /// Let the kernel forward in both directions; needs the descriptors of both sides, and nothing
+    /// queued or in flight. `Completion::Joined` says whether it does.
+    Join,
+    /// Have the kernel leave to user space what comes from this side. Before anything is received.
+    Pass(Side),
     /// Receive until `credit_bytes` have come, EOF, error, or the pool is empty.
     Receive {
         /// From whose socket.
@@ -211,10 +219,26 @@ pub enum Completion {
     Connected(Result<(), Errno>),
     /// The flow has had a deaf side for a while: see `Flow::is_deaf`.
     Deaf,
+    /// Everything that the kernel has forwarded from `from` is in the other side's socket.
+    Drained {
+        /// The half, named by the side it reads from.
+        from: Side,
+        /// Bytes that the kernel has left to user space so far. An error: that socket is gone.
+        result: Result<u64, Errno>,
+    },
     /// Control wants the flow gone now.
     Expelled(CloseReason),
     /// A timer ran out.
     Expired(Timer),
+    /// The kernel has forwarded bytes.
+    Forwarded {
+        /// So many since it was last said.
+        bytes: u64,
+        /// The half, named by the side it reads from.
+        from: Side,
+        /// Why it leaves to user space what comes now, if it does.
+        stopped: Option<Fall>,
+    },
     /// There is a descriptor for `side`, or there is none to be had.
     Installed {
         /// Whose socket.
@@ -222,6 +246,8 @@ pub enum Completion {
         /// `EMFILE`: the limit on spliced flows, or the process's on descriptors, is reached.
         result: Result<(), Errno>,
     },
+    /// The kernel forwards, or does not (answers `Op::Join`).
+    Joined(Result<Joined, Fall>),
     /// The direction that reads from `from` can go on, or should look what is wrong.
     Ready {
         /// The half, named by the side it reads from.

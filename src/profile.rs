@@ -64,6 +64,8 @@ pub struct Limits {
     pub flows_per_source_max: u32,
     /// Pipes at a time; a spliced direction that finds none left goes back to copy.
     pub pipes_max: u32,
+    /// Flows that the kernel forwards at a time; more stay with copy.
+    pub sockmap_flows_max: u32,
     /// Flows with a spliced direction at a time; more stay with copy.
     pub spliced_flows_max: u32,
 }
@@ -90,6 +92,12 @@ pub struct Relay {
     pub pipe_bytes: u32,
     /// Most buffers one direction may hold; its receive is paused above it.
     pub segments_max: u16,
+    /// A flow in which as many messages have come may be given to the kernel.
+    pub sockmap_after_messages: u32,
+    /// Bytes a peer may be behind what the kernel has forwarded to it.
+    pub sockmap_credit_bytes: u32,
+    /// How large those messages may be on average.
+    pub sockmap_message_bytes_max: u32,
     /// A direction that has moved this many bytes may be spliced.
     pub splice_after_bytes: u64,
     /// How full its reads must be on average for that.
@@ -180,6 +188,7 @@ impl Default for Profile {
                 flows_max: 9_000,
                 flows_per_source_max: 0,
                 pipes_max: 256,
+                sockmap_flows_max: 9_000,
                 spliced_flows_max: 1024,
             },
             name: "balanced".to_owned(),
@@ -188,6 +197,9 @@ impl Default for Profile {
                 mode: RelayMode::Auto,
                 pipe_bytes: 1 << 20,
                 segments_max: 64,
+                sockmap_after_messages: 64,
+                sockmap_credit_bytes: 256 << 10,
+                sockmap_message_bytes_max: 4096,
                 splice_after_bytes: 1 << 20,
                 splice_fullness_percent: 50,
                 splice_short_bytes: 16 << 10,

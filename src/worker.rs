@@ -18,9 +18,10 @@ use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use crate::bpf::sockmap::Sockmap;
 use crate::capture::{OwnPorts, Records, SourcePorts};
 use crate::config::ProxyProtocol;
-use crate::flow::{Rules, Segments};
+use crate::flow::{Can, Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::op::Relay;
 use crate::profile::{Profile, RelayMode, Timeouts};
@@ -34,6 +35,7 @@ use breaker::Breaker;
 use mailbox::{Letter, Mailbox};
 use peek::Peeking;
 use slab::Slab;
+use sockmap::Forwarded;
 use trial::Trial;
 use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
@@ -48,6 +50,7 @@ mod peek;
 mod places;
 mod proxy_header;
 mod slab;
+mod sockmap;
 #[cfg(test)]
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;
@@ -74,6 +77,8 @@ pub struct Setup {
     pub services: Update,
     /// This worker's part of the process's limits.
     pub share: Share,
+    /// Has passed its test; `None` where flows stay in user space.
+    pub sockmap: Option<Sockmap>,
     /// For listeners whose upstreams see the client's address.
     pub source_ports: SourcePorts,
 }
@@ -89,6 +94,8 @@ pub struct Share {
     pub flows_per_source_max: u32,
     /// Pipes at a time.
     pub pipes_max: u32,
+    /// Flows that the kernel forwards at a time.
+    pub sockmap_flows_max: u32,
     /// Flows with a spliced direction at a time.
     pub spliced_flows_max: u32,
 }
@@ -416,17 +423,22 @@ impl Worker {
             .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
         let services = Picker::new(std::mem::take(&mut setup.services), index);
-        let can_splice = ring.features().splice && spliced_flows_max > 0 && pipes_max > 0;
+        let sockmap = setup.sockmap.take();
+        let can = Can {
+            forward: sockmap.is_some() && spliced_flows_max > 0,
+            splice: ring.features().splice && spliced_flows_max > 0 && pipes_max > 0,
+        };
         Ok(Worker {
             batch: Batch::new(),
             breaker: Breaker::new(),
             clock: Clock::start(),
             drain_until: None,
+            forwarded: sockmap.map(|sockmap| Forwarded::new(sockmap, flows_max)),
             inside: setup.home.number,
             mailbox,
             peeking: Peeking::new(if listening.has_named() { flows_max } else { 0 }),
             ring,
-            rules: Rules::new(&profile, can_splice),
+            rules: Rules::new(&profile, can),
             segments: Segments::new(
                 profile.buffers.small_count + profile.buffers.bulk_count + headers,
             ),
@@ -435,7 +447,7 @@ impl Worker {
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
             ticks: TimerTicks::new(&profile.timeouts),
-            trial: (can_splice && profile.relay.mode == RelayMode::Auto).then(Trial::new),
+            trial: (can.splice && profile.relay.mode == RelayMode::Auto).then(Trial::new),
             wheel: Wheel::new(flows_max),
             counters,
             setup,

@@ -71,18 +71,6 @@ fn unknown_words_are_usage_errors_with_a_hint() {
 }
 
 #[test]
-fn relay_that_is_not_there_is_refused_before_anything_happens() {
-    let arguments =
-        ["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2", "--relay", "sockmap"];
-    let output = output(&arguments);
-    assert_eq!(output.status.code(), Some(4));
-    assert_eq!(
-        stderr(&output),
-        "weir: relay sockmap is not in this version: use copy, splice or auto\n"
-    );
-}
-
-#[test]
 fn config_check_shows_every_mistake_and_takes_a_right_file() {
     let place = TempDir::new().unwrap();
     let file = place.path().join("weir.yaml");

@@ -55,8 +55,10 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32, mode: RelayMode) -> (H
             flows_max: 500,
             flows_per_source_max,
             pipes_max: 8,
+            sockmap_flows_max: 64,
             spliced_flows_max: 100,
         },
+        sockmap: None,
         source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
     });
     (handle.unwrap(), addr)

@@ -153,7 +153,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
         "control",
         &[
             "worker", "capture", "config", "profile", "sys", "metrics", "op", "ring", "service",
-            "takeover", "addr",
+            "takeover", "addr", "bpf",
         ],
     ),
     ("flow", &["op", "profile"]),
@@ -169,7 +169,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
         "worker",
         &[
             "flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys",
-            "service", "wire",
+            "service", "wire", "bpf",
         ],
     ),
     ("takeover", &["wire", "service", "addr", "config"]),

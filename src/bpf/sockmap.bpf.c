@@ -14,7 +14,8 @@
  *   it at once and its peer is not too far behind, so that nothing waits outside a send buffer.
  * - A retransmitted segment may overlap bytes that came before. recv(2) skips them, the way to
  *   this program does not: they are trimmed by sequence number.
- * - The FIN arrives as a segment without bytes. Redirected, it would poison the other socket.
+ * - The FIN arrives as a segment without bytes. Redirected, or passed while something is on its way
+ *   to this very socket, it goes through a queue that takes an empty segment for a broken socket.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -54,6 +55,8 @@ struct tcp_skb_cb {
 	__u32 seq;
 } KERNEL;
 
+#define STATE_CLOSE 7 /* include/net/tcp_states.h */
+
 /* Written by weir before the programs are loaded. */
 const volatile __u32 weir_credit_bytes = 0; /* what a peer may be behind */
 
@@ -90,6 +93,18 @@ struct {
 	__type(key, __u32);
 	__type(value, struct direction);
 } directions SEC(".maps");
+
+/* Places of directions that have just been left to user space or broken: weir sleeps on it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} events SEC(".maps");
+
+/* Whoever finds no room has weir awake already, and it looks at every direction now and then. */
+static __always_inline void report(__u32 place)
+{
+	bpf_ringbuf_output(&events, &place, sizeof(place), BPF_RB_FORCE_WAKEUP);
+}
 
 /* The sequence number of a segment's first byte: what TCP keeps in `cb` (`struct tcp_skb_cb`). The
  * context of this program type is the kernel's own `struct sk_buff`. */
@@ -186,7 +201,7 @@ int weir_forward(struct __sk_buff *skb)
 	__u32 *found, place, len;
 
 	if (!skb->len)
-		return SK_PASS;
+		return SK_DROP; /* the socket has taken note of the FIN already */
 	cookie = bpf_get_socket_cookie(skb);
 	found = bpf_map_lookup_elem(&places, &cookie);
 	if (!found)
@@ -195,22 +210,28 @@ int weir_forward(struct __sk_buff *skb)
 	direction = bpf_map_lookup_elem(&directions, &place);
 	if (!direction)
 		return SK_PASS;
-	if (direction->is_broken || !is_continuous(skb, direction)) {
+	if (direction->is_broken)
+		return SK_DROP;
+	if (!is_continuous(skb, direction)) {
 		direction->is_broken = 1; /* weir resets the flow */
+		report(place);
 		return SK_DROP;
 	}
 	len = skb->len;
 	if (!len)
 		return SK_DROP;
-	place ^= 1;
-	if (!direction->passes)
-		direction->passes = reason_to_pass(direction, place, len);
 	if (!direction->passes) {
-		if (bpf_sk_redirect_map(skb, &targets, place, 0) == SK_PASS) {
-			direction->forwarded += len;
-			return SK_PASS;
+		__u32 reason = reason_to_pass(direction, place ^ 1, len);
+
+		if (reason == PASS_NOTHING) {
+			if (bpf_sk_redirect_map(skb, &targets, place ^ 1, 0) == SK_PASS) {
+				direction->forwarded += len;
+				return SK_PASS;
+			}
+			reason = PASS_TARGET_GONE;
 		}
-		direction->passes = PASS_TARGET_GONE;
+		direction->passes = reason;
+		report(place);
 	}
 	direction->passed += len;
 	return SK_PASS;
@@ -238,7 +259,8 @@ int weir_backlog(struct __sk_buff *skb)
 	sk = bpf_map_lookup_elem(&targets, &target);
 	if (!sk)
 		return BACKLOG_UNKNOWN;
-	tcp = bpf_skc_to_tcp_sock(sk);
+	/* A connection that is over takes nothing any more. */
+	tcp = sk->state == STATE_CLOSE ? 0 : bpf_skc_to_tcp_sock(sk);
 	if (tcp)
 		backlog = direction->first_write + (__u32)direction->forwarded - tcp->write_seq;
 	bpf_sk_release(sk);

@@ -12,9 +12,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
-use aya::maps::{HashMap, Map, MapData, MapError, SockMap};
+use aya::maps::{HashMap, Map, MapData, MapError, RingBuf, SockMap};
 use aya::programs::{ProgramError, SchedClassifier, SkSkb};
 use aya::{Ebpf, EbpfError, EbpfLoader, TestRun, TestRunOptions};
 
@@ -37,6 +37,7 @@ mod tests;
 pub struct Sockmap {
     bpf: Ebpf,
     directions: Directions,
+    events: RingBuf<MapData>,
     /// Numbers of pairs, the longest unused first: a verdict that still runs for a socket that was
     /// just closed must not find its number in new hands.
     free: VecDeque<u32>,
@@ -144,6 +145,7 @@ impl Sockmap {
         };
         Ok(Sockmap {
             directions,
+            events: map(&mut bpf, "events")?,
             free: (0..places_max / 2).collect(),
             places: map(&mut bpf, "places")?,
             sources,
@@ -167,7 +169,7 @@ impl Sockmap {
         let index = self.free.pop_front().ok_or(Refused::Full)?;
         let mut pair = Pair { cookies: [0; 2], index, reads: [false; 2] };
         if self.insert(&mut pair, sockets).is_err() {
-            self.forget(pair);
+            self.withdraw(pair);
             return Err(Refused::Kernel);
         }
         for socket in sockets {
@@ -209,7 +211,8 @@ impl Sockmap {
     }
 
     /// Bytes of this direction that were redirected and are not yet in the other socket's send
-    /// buffer; `None` if that socket is gone. Costs a syscall.
+    /// buffer; `None` if that socket is gone. Says nothing once user space has written there. Costs
+    /// a syscall.
     #[must_use]
     pub fn backlog(&self, pair: &Pair, from: Side) -> Option<u32> {
         let mut packet = [0; PACKET_BYTES];
@@ -220,26 +223,55 @@ impl Sockmap {
         (backlog != BACKLOG_UNKNOWN).then_some(backlog)
     }
 
-    /// The pair's place is free again.
+    /// A direction, by its pair's number, that the kernel has left to user space or given up since
+    /// it was last asked; call until `None`.
+    pub fn next_stopped(&mut self) -> Option<(u32, Side)> {
+        let event = self.events.next()?;
+        let place = u32::from_ne_bytes(event.first_chunk().copied()?);
+        Some((place / 2, if place % 2 == 0 { Side::Downstream } else { Side::Upstream }))
+    }
+
+    /// Readable when `next_stopped` has something to say.
+    #[must_use]
+    pub fn bell(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// The pair's place is free again; its sockets are closed, or will be before anything else is
+    /// done with them: with that they leave the maps.
     pub fn forget(&mut self, pair: Pair) {
-        for side in Side::BOTH {
-            let place = pair.place(side);
-            // Most are gone with their sockets.
-            let _ = self.sources.clear_index(&place);
-            let _ = self.targets.clear_index(&place);
-            let _ = self.places.remove(&pair.cookies[side as usize]);
+        for cookie in pair.cookies {
+            // A socket that was refused is not there.
+            let _ = self.places.remove(&cookie);
         }
         self.free.push_back(pair.index);
     }
 
+    /// Undoes what there is of a pair of which nothing was forwarded yet.
+    fn withdraw(&mut self, pair: Pair) {
+        for side in Side::BOTH {
+            let place = pair.place(side);
+            // It may have got only half the way.
+            let _ = self.sources.clear_index(&place);
+            let _ = self.targets.clear_index(&place);
+        }
+        self.forget(pair);
+    }
+
     /// Pairs for which there is room.
     #[must_use]
-    pub fn room(&self) -> usize {
-        self.free.len()
+    pub fn room(&self) -> u32 {
+        u32::try_from(self.free.len()).unwrap_or(u32::MAX)
     }
 }
 
 impl Pair {
+    /// Below the number of pairs that were asked for.
+    #[must_use]
+    pub const fn index(&self) -> u32 {
+        self.index
+    }
+
     /// Whether the kernel moves what comes from this side.
     #[must_use]
     pub const fn reads(&self, from: Side) -> bool {

@@ -177,7 +177,7 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
     let extra = exposition::Extra {
         counted: running.counted.counts(),
-        fallbacks: fallbacks.collect(),
+        fallbacks: fallbacks.chain(running.fallback).collect(),
         losses: running.records.iter().map(|records| records.losses()).collect(),
         rules_lost: running.rules_lost.counts(),
     };

@@ -2,7 +2,7 @@
 //! What works on this host, found out by doing it: in scratch network namespaces and a scratch
 //! cgroup, gone afterwards. Nothing of the host is changed.
 
-use super::start;
+use super::{forwarding, start};
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::ring::{self, DialOptions, Features, Ring};
@@ -18,7 +18,7 @@ mod modes;
 pub struct Finding {
     /// What to do about it; empty if it works.
     pub cure: String,
-    /// `ring`, `capture`, `limits`, `conflicts` or `config`.
+    /// `ring`, `capture`, `relay`, `limits`, `conflicts` or `config`.
     pub group: &'static str,
     /// How it went.
     pub outcome: Outcome,
@@ -44,6 +44,11 @@ pub fn run(config: Option<&Config>) -> Vec<Finding> {
     let profile = config.map_or_else(Profile::default, |config| config.profile.clone());
     let mut findings = rings(&profile);
     findings.extend(modes::findings());
+    findings.push(finding(
+        "relay",
+        SOCKMAP,
+        forwarding::prove().map_err(|error| error.to_string()),
+    ));
     findings.extend(host::limits(&profile, config));
     findings.extend(host::conflicts(config));
     if let Some(config) = config.filter(|config| !config.workloads.is_empty()) {
@@ -96,4 +101,5 @@ fn finding(group: &'static str, what: &str, result: Result<(), String>) -> Findi
     Finding { cure: result.err().unwrap_or_default(), group, outcome, what: what.to_owned() }
 }
 
+const SOCKMAP: &str = "sockmap: the kernel forwards 100 MB each way and loses nothing";
 const FLOWS: u32 = 64;

@@ -48,6 +48,7 @@ fn equal(limits: &Limits, workers: usize) -> Share {
         flows_max: limits.flows_max.div_ceil(workers),
         flows_per_source_max: limits.flows_per_source_max.div_ceil(workers),
         pipes_max: limits.pipes_max.div_ceil(workers),
+        sockmap_flows_max: limits.sockmap_flows_max.div_ceil(workers),
         spliced_flows_max: limits.spliced_flows_max.div_ceil(workers),
     }
 }
@@ -73,6 +74,7 @@ mod tests {
     fn fewer_descriptors_mean_fewer_of_both() {
         let share = Share {
             connects_pending_max: 1,
+            sockmap_flows_max: 1,
             flows_max: 1,
             flows_per_source_max: 0,
             pipes_max: 256,

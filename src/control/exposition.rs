@@ -176,7 +176,8 @@ fn relay_changes(sum: &Sum<'_>) -> Family {
 /// What each worker found lacking at its start, and what directions fell back from since.
 fn fallbacks(sum: &Sum<'_>, list: &[Fallback]) -> Family {
     let falls = Fall::ALL.map(|fall| {
-        let labels = vec![("from", "splice"), ("to", "copy"), ("reason", fall.label())];
+        let from = fall.from().label();
+        let labels = vec![("from", from), ("to", "copy"), ("reason", fall.label())];
         (labels, sum.of(|counters| &counters.falls[fall as usize]))
     });
     let mut series: Vec<(Vec<(&str, &str)>, u64)> = falls.into();

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use tokio::sync::{Notify, watch};
 
+use super::forwarding::Forwarding;
 use super::places::Place;
 use super::services::Services;
 use super::tracking::{Counted, keep_below};
@@ -50,7 +51,6 @@ pub(super) fn start(
     config: &Config,
     prepared: &[(Place, Option<Prepared>)],
 ) -> Result<Running, RunError> {
-    refuse_what_is_missing(config)?;
     let home = home(prepared)?;
     let captures = prepared.iter().any(|(_, prepared)| prepared.is_some());
     let prepared_here = prepared.iter().filter_map(|(_, prepared)| prepared.as_ref());
@@ -58,6 +58,8 @@ pub(super) fn start(
     refuse_loops(config, &home.own_ports)?;
     let cpus = cpus(&config.workers)?;
     let share = descriptors::share(config, cpus.len())?;
+    let Forwarding { fallback, mut sockmaps } =
+        Forwarding::prepare(&config.profile, share.sockmap_flows_max, cpus.len())?;
     let services = Arc::new(Services::default());
     let plain = services.enter(&config.forward);
     let entered = config.takeover.as_ref().map(|takeover| takeover::enter(takeover, &services));
@@ -78,6 +80,7 @@ pub(super) fn start(
             profile: Arc::clone(&profile),
             services: services.first_update(),
             share,
+            sockmap: sockmaps.pop(),
             source_ports: SourcePorts::new(Arc::clone(&port_counts), index, count),
         };
         workers.push(worker::spawn(setup)?);
@@ -98,6 +101,7 @@ pub(super) fn start(
         capturing,
         counted: Counted::default(),
         draining,
+        fallback,
         in_force: watch::Sender::new(InForce::of(config)),
         on_change: config.on_change,
         profile,
@@ -106,14 +110,6 @@ pub(super) fn start(
         services,
         workers,
     })
-}
-
-fn refuse_what_is_missing(config: &Config) -> Result<(), RunError> {
-    if config.profile.relay.mode != RelayMode::Sockmap {
-        return Ok(());
-    }
-    let missing = "relay sockmap is not in this version: use copy, splice or auto";
-    Err(RunError::NotYet(missing.to_owned()))
 }
 
 pub(super) fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), RunError> {

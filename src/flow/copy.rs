@@ -163,6 +163,11 @@ impl Copying {
             && u64::from(self.burst.bytes) >= u64::from(self.burst.count) * u64::from(wanted)
     }
 
+    /// Of what the last receive brought.
+    pub(super) fn average_bytes(&self) -> u32 {
+        self.burst.bytes / u32::from(self.burst.count.max(1))
+    }
+
     fn cancel(&mut self, side: Side) -> Option<Op> {
         self.receive = Receive::Cancelled;
         Some(Op::Cancel(Request::Receive(side)))

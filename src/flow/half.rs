@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One direction of a flow: what of it has ended, and on which path its bytes move.
 //!
-//! A path knows how bytes move (`copy.rs`, `splice.rs`), the half knows when to change it. Never
-//! decides about the other direction. Invariant: a path is left only where it is empty: nothing
-//! queued, nothing in flight, no byte in a pipe.
+//! A path knows how bytes move (`copy.rs`, `splice.rs`, `sockmap.rs`), the half knows when to
+//! change it. Never decides about the other direction. Invariant: a path is left only where it is
+//! empty: nothing queued, nothing in flight, no byte in a pipe.
 
 use super::copy::Copying;
+use super::sockmap::Landing;
 use super::splice::Splicing;
 use super::{Promotion, Rules};
 use crate::op::{Op, Relay, Side};
@@ -21,8 +22,9 @@ pub(super) struct Half {
     pub(super) source_ended: bool,
     pub(super) splicing: Splicing,
     pub(super) target: Target,
-    /// `moved_bytes` when it last came back to copy; what was moved since must prove it again.
-    returned_at: u64,
+    /// `moved_bytes` when it last came back to copy: what was moved since must prove it again. Once
+    /// joined to its partner in the kernel: bytes received in user space since.
+    pub(super) mark: u64,
 }
 
 /// How the bytes of a direction move now.
@@ -30,8 +32,14 @@ pub(super) struct Half {
 pub(super) enum Path {
     /// Through provided buffers.
     Copy,
+    /// As `Leaving`, in both directions: sockmap is next.
+    Joining,
+    /// Back from sockmap: received by copy, sent behind what the kernel has forwarded.
+    Landed(Landing),
     /// Copy empties itself, and descriptors are on their way: splice is next.
     Leaving,
+    /// Within the kernel.
+    Sockmap,
     /// Through a pipe.
     Splice,
 }
@@ -53,7 +61,7 @@ impl Half {
             copying: Copying::new(),
             moved_bytes: 0,
             path: Path::Copy,
-            returned_at: 0,
+            mark: 0,
             source_ended: false,
             splicing: Splicing::new(),
             target,
@@ -62,7 +70,8 @@ impl Half {
 
     pub(super) const fn relay(&self) -> Relay {
         match self.path {
-            Path::Copy | Path::Leaving => Relay::Copy,
+            Path::Copy | Path::Joining | Path::Landed(_) | Path::Leaving => Relay::Copy,
+            Path::Sockmap => Relay::Sockmap,
             Path::Splice => Relay::Splice,
         }
     }
@@ -78,7 +87,11 @@ impl Half {
     /// Nothing in flight would tell that the connection of the source broke.
     pub(super) fn is_deaf(&self) -> bool {
         match self.path {
-            Path::Copy | Path::Leaving => !self.copying.is_listening(),
+            Path::Copy | Path::Joining | Path::Landed(_) | Path::Leaving => {
+                !self.copying.is_listening()
+            }
+            // The kernel hears, and does not tell.
+            Path::Sockmap => true,
             Path::Splice => !self.splicing.is_listening(),
         }
     }
@@ -98,7 +111,7 @@ impl Half {
             Path::Splice if never && self.splicing.is_over() => {
                 // No fault of its own: it may come back as soon as that changes.
                 self.path = Path::Copy;
-                self.returned_at = self.moved_bytes.saturating_sub(rules.splice_after_bytes);
+                self.mark = self.moved_bytes.saturating_sub(rules.splice_after_bytes);
             }
             Path::Splice if self.splicing.wants_out() && self.splicing.is_over() => {
                 self.return_to_copy();
@@ -119,16 +132,20 @@ impl Half {
     pub(super) fn next_op(&mut self, from: Side, rules: &Rules) -> Option<Op> {
         match self.path {
             Path::Copy => self.next_send(from).or_else(|| self.next_receive(from, rules)),
-            Path::Leaving => self.next_send(from).or_else(|| self.copying.next_cancel(from)),
+            Path::Joining | Path::Leaving => {
+                self.next_send(from).or_else(|| self.copying.next_cancel(from))
+            }
+            Path::Landed(landing) => self.next_landed(landing, from, rules),
+            Path::Sockmap => None,
             Path::Splice => self.splicing.next(from, self.source_ended, rules),
         }
     }
 
-    fn next_send(&mut self, from: Side) -> Option<Op> {
+    pub(super) fn next_send(&mut self, from: Side) -> Option<Op> {
         if self.target == Target::Open { self.copying.next_send(from) } else { None }
     }
 
-    fn next_receive(&mut self, from: Side, rules: &Rules) -> Option<Op> {
+    pub(super) fn next_receive(&mut self, from: Side, rules: &Rules) -> Option<Op> {
         if self.source_ended {
             return None;
         }
@@ -138,11 +155,11 @@ impl Half {
     /// Looked at between two receives, when the last one's bytes are all counted.
     fn deserves_splice(&self, rules: &Rules) -> bool {
         let lives = !self.source_ended && self.target == Target::Open;
-        let since = self.moved_bytes.saturating_sub(self.returned_at);
+        let since = self.moved_bytes.saturating_sub(self.mark);
         let Rules { splice_read_bytes, splice_bulk_read_bytes, .. } = *rules;
         lives
             && match rules.splice {
-                Promotion::Always => self.returned_at == 0 || since >= rules.splice_after_bytes,
+                Promotion::Always => self.mark == 0 || since >= rules.splice_after_bytes,
                 Promotion::Bulk => {
                     since >= rules.splice_after_bytes
                         && self.copying.is_between_receives()
@@ -154,7 +171,7 @@ impl Half {
 
     fn return_to_copy(&mut self) {
         self.path = Path::Copy;
-        self.returned_at = self.moved_bytes.max(1);
+        self.mark = self.moved_bytes.max(1);
     }
 }
 

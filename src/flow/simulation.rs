@@ -3,8 +3,9 @@
 //!
 //! The fake ring answers requests in any order, cuts sends short where a connection breaks, fails at
 //! any step, runs out of buffers, descriptors and pipes, refuses to splice, lets cancels race, fires
-//! timers. Paths change at any time. Every other flow has a lead, which goes first: bytes of its
-//! downstream that nobody received. What must hold, whatever happens:
+//! timers. Paths change at any time, and the kernel forwards as it likes (`kernel.rs`). Every other
+//! flow has a lead, which goes first: bytes of its downstream that nobody received. What must hold,
+//! whatever happens:
 //!
 //! 1. Bytes out are a prefix of bytes in, in order; all of them if both ends finished.
 //! 2. At most one request of a kind is in flight; a socket is closed only when none is.
@@ -15,13 +16,18 @@
 //! 6. Once a connection has broken, no FIN is sent: the other end must not take it for the end.
 //! 7. What is spliced is not received and sent at the same time.
 //! 8. A flow that was told that it is deaf has something in flight that hears each side break.
+//! 9. Behind what the kernel forwards nothing is sent, no FIN either, before it has arrived; and an
+//!    EOF that overtook bytes is not believed.
 //!
 //! Replay one with `WEIR_SEED=<n> cargo test --lib simulation`.
 
 use std::collections::VecDeque;
 
 use super::*;
-use crate::op::{BufferId, Readiness};
+use crate::op::{BufferId, Joined, Readiness};
+use kernel::Way;
+
+mod kernel;
 
 const SEEDS: u64 = 40_000;
 const BUFFERS: u16 = 12;
@@ -80,7 +86,10 @@ struct World {
     pipes: usize,
     places: usize,
     /// Directions that were spliced, and that came back.
-    changes: [u64; 2],
+    changes: [u64; Relay::COUNT],
+    /// What the kernel has to say to the last wish to join.
+    joined: Option<Result<Joined, Fall>>,
+    ways: [Way; 2],
 }
 
 impl World {
@@ -95,6 +104,11 @@ impl World {
             rules: Rules {
                 bulk_after_bytes: random.below(100),
                 bulk_segment_bytes: 8,
+                forwarding: [
+                    None,
+                    Some(Forwarding { after_messages: 0, message_bytes_max: u32::MAX }),
+                    Some(Forwarding { after_messages: 3, message_bytes_max: 20 }),
+                ][random.below(3) as usize],
                 pipe_bytes: 1 + random.below(60) as u32,
                 segments_max: 2 + random.below(6) as u16,
                 splice: promotion(&mut random),
@@ -117,7 +131,9 @@ impl World {
             can_limit: !random.one_in(4),
             pipes: random.below(3) as usize,
             places: random.below(4) as usize,
-            changes: [0; 2],
+            changes: [0; Relay::COUNT],
+            joined: None,
+            ways: [Way::default(), Way::default()],
             random,
         }
     }
@@ -134,7 +150,11 @@ impl World {
                 Op::AwaitBuffers(side) => self.starved.push_back(side),
                 Op::Cancel(request) => self.cancelled.push(request),
                 Op::Close { side, reset } => self.close(side, reset),
+                Op::AwaitDrained(from) => self.await_drained(from),
+                Op::Join => self.join(),
+                Op::Pass(from) => self.pass(from),
                 Op::Send { from, segments } => {
+                    self.check_behind(from);
                     assert!(segments > 0 && segments <= flow.queue(from).count());
                 }
                 Op::Receive { credit_bytes, side, .. } => {
@@ -145,7 +165,10 @@ impl World {
                     self.check_splice(flow, from, held_bytes, room_bytes);
                 }
                 Op::Uninstall => self.uninstall(),
-                Op::Shutdown(_) => assert!(!self.broken, "FIN after a connection broke"),
+                Op::Shutdown(side) => {
+                    self.check_behind(side.other());
+                    assert!(!self.broken, "FIN after a connection broke");
+                }
                 Op::Watch(side) => {
                     let is_dialling = flow.is_connecting() && side == Side::Upstream;
                     assert!(!is_dialling, "watches a socket that is not there");
@@ -204,18 +227,29 @@ impl World {
         if self.random.one_in(30) {
             return Some(Completion::Deaf);
         }
+        if self.random.one_in(2)
+            && let Some(said) = self.forward()
+        {
+            return Some(said);
+        }
         let waiting = self.starved.len();
         let pick = self.random.below((self.in_flight.len() + waiting).max(1) as u64) as usize;
         if pick < self.in_flight.len() {
             let (request, op) = self.in_flight[pick];
-            return self.answer(pick, request, op);
+            if let Some(answer) = self.answer(pick, request, op) {
+                return Some(answer);
+            }
         }
-        if self.home.is_empty() {
-            // Nobody to feed yet: something in flight must bring a buffer home first.
-            let (request, op) = *self.in_flight.first()?;
-            return self.answer(0, request, op);
+        if !self.home.is_empty() && waiting > 0 {
+            return self.starved.pop_front().map(Completion::BuffersFree);
         }
-        self.starved.pop_front().map(Completion::BuffersFree)
+        // What came up has to wait: for the kernel, or for a buffer that something brings home.
+        self.forward().or_else(|| {
+            (0..self.in_flight.len()).find_map(|index| {
+                let (request, op) = self.in_flight[index];
+                self.answer(index, request, op)
+            })
+        })
     }
 
     fn answer(&mut self, index: usize, request: Request, op: Op) -> Option<Completion> {
@@ -229,10 +263,12 @@ impl World {
             (false, false) => None,
         };
         if let Op::Receive { side, .. } = op {
-            return Some(self.receive(index, side, op, errno));
+            return self.receive(index, side, op, errno);
         }
         if let Op::Watch(side) = op {
-            return Some(self.watch(index, side, errno));
+            // Where the kernel reads, it says what the watch has to say.
+            let says = !self.ways[side as usize].reads || self.cancelled.contains(&request);
+            return says.then(|| self.watch(index, side, errno));
         }
         self.end(index, request);
         Some(match op {
@@ -275,28 +311,32 @@ impl World {
         self.cancelled.retain(|other| *other != request);
     }
 
-    fn receive(&mut self, index: usize, side: Side, op: Op, errno: Option<Errno>) -> Completion {
+    fn receive(
+        &mut self,
+        index: usize,
+        side: Side,
+        op: Op,
+        errno: Option<Errno>,
+    ) -> Option<Completion> {
         let Op::Receive { credit_bytes, pool, .. } = op else { unreachable!() };
         let request = Request::Receive(side);
-        let peer = &mut self.peers[side as usize];
-        let left = peer.will_send - peer.taken;
         let end = |world: &mut World, result| {
             world.end(index, request);
             Completion::Received { side, result, more: false }
         };
         if let Some(errno) = errno {
-            return end(self, Err(errno));
+            return Some(end(self, Err(errno)));
         }
+        let (left, first) = self.receivable(side)?;
         if left == 0 {
-            return end(self, Ok(None));
+            return Some(end(self, Ok(None)));
         }
-        let Some(buffer) = self.home.pop() else { return end(self, Err(Errno(ENOBUFS))) };
+        let Some(buffer) = self.home.pop() else { return Some(end(self, Err(Errno(ENOBUFS)))) };
         let room = BUFFER_BYTES * if pool == Pool::Bulk { 2 } else { 1 };
         let limit = if self.can_limit { u64::from(credit_bytes) } else { u64::MAX };
         let len = 1 + self.random.below(left.min(room).min(limit)) as u32;
-        let peer = &mut self.peers[side as usize];
-        self.contents[usize::from(buffer.0)] = peer.taken;
-        peer.taken += u64::from(len);
+        self.contents[usize::from(buffer.0)] = first;
+        self.received(side, u64::from(len));
         let credit_bytes = credit_bytes.saturating_sub(len);
         let over = (self.can_limit && credit_bytes == 0) || self.random.one_in(10);
         if over {
@@ -305,7 +345,7 @@ impl World {
             self.in_flight[index].1 = Op::Receive { side, credit_bytes: credit_bytes.max(1), pool };
         }
         let segment = Segment { buffer, offset: 0, len };
-        Completion::Received { side, result: Ok(Some(segment)), more: !over }
+        Some(Completion::Received { side, result: Ok(Some(segment)), more: !over })
     }
 
     /// Takes some or all of what the flow has queued; the flow's own queue says which bytes.
@@ -403,7 +443,7 @@ fn promotion(random: &mut Random) -> Promotion {
 }
 
 /// One life and how it ended; panics where a promise is broken.
-fn live(seed: u64) -> (CloseReason, [u64; 2]) {
+fn live(seed: u64) -> (CloseReason, [u64; Relay::COUNT]) {
     let mut world = World::new(seed);
     let home = (world.home.len(), world.pipes, world.places);
     let mut ops = Ops::new();
@@ -446,7 +486,8 @@ fn live(seed: u64) -> (CloseReason, [u64; 2]) {
         assert_eq!(peer.closed, Some(!finished), "a reset stays a reset");
         assert!(other.given <= peer.taken);
         let lead = if side == Side::Downstream { u64::from(lead_bytes) } else { 0 };
-        let moved = other.given.saturating_sub(lead);
+        // What the kernel has taken upon itself is as good as delivered, but for a reset.
+        let moved = (other.given + world.ways[side as usize].backlog).saturating_sub(lead);
         assert!(flow.moved_bytes(side) <= moved, "a lead counts as nobody's bytes");
         assert!(!finished || flow.moved_bytes(side) == moved);
         assert!(!other.got_fin || other.given == peer.will_send, "FIN before the last byte");
@@ -462,13 +503,13 @@ fn any_order_of_events_keeps_every_promise() {
         eprintln!("seed {seed} ended: {reason:?}");
         return;
     }
-    let (mut ended, mut changes) = ([0; CloseReason::COUNT], [0; 2]);
+    let (mut ended, mut changes) = ([0; CloseReason::COUNT], [0; Relay::COUNT]);
     for seed in 0..SEEDS {
         let Ok((reason, changed)) = std::panic::catch_unwind(|| live(seed)) else {
             panic!("replay with WEIR_SEED={seed} cargo test --lib simulation");
         };
         ended[reason as usize] += 1;
-        (0..2).for_each(|relay| changes[relay] += changed[relay]);
+        (0..Relay::COUNT).for_each(|relay| changes[relay] += changed[relay]);
     }
     // A simulation that never finishes a flow, or never breaks one, proves little.
     assert!(ended[CloseReason::Finished as usize] > SEEDS / 4, "{ended:?}");

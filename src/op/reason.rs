@@ -27,6 +27,8 @@ pub enum CloseReason {
     IdleTimeout,
     /// We ran out of something: source ports, memory.
     LocalLimit,
+    /// The kernel lost the thread of what it forwards: reset, rather than go on with a hole.
+    RelayBroken,
     /// The upstream sent RST, or its connection broke.
     UpstreamReset,
     /// The network namespace that it lived in is no more.
@@ -35,7 +37,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [CloseReason; 12] = [
+    pub const ALL: [CloseReason; 13] = [
         CloseReason::ConnectFailed,
         CloseReason::ConnectRefused,
         CloseReason::ConnectTimeout,
@@ -46,6 +48,7 @@ impl CloseReason {
         CloseReason::HalfClosedTimeout,
         CloseReason::IdleTimeout,
         CloseReason::LocalLimit,
+        CloseReason::RelayBroken,
         CloseReason::UpstreamReset,
         CloseReason::WorkloadGone,
     ];
@@ -67,6 +70,7 @@ impl CloseReason {
             CloseReason::HalfClosedTimeout => "half_closed_timeout",
             CloseReason::IdleTimeout => "idle_timeout",
             CloseReason::LocalLimit => "local_limit",
+            CloseReason::RelayBroken => "relay_broken",
             CloseReason::UpstreamReset => "upstream_reset",
             CloseReason::WorkloadGone => "workload_gone",
         }

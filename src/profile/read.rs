@@ -100,6 +100,12 @@ fn relay(mut section: Section, relay: &mut Relay, mistakes: &mut Mistakes) {
     set(&mut relay.window_bytes, section.number("window_bytes", 4096..=64 << 20, mistakes));
     set(&mut relay.bulk_after_bytes, section.number("bulk_after_bytes", 0..=1 << 40, mistakes));
     set(&mut relay.segments_max, section.number("segments_max", 2..=4096, mistakes));
+    let after = section.number("sockmap_after_messages", 0..=1 << 30, mistakes);
+    set(&mut relay.sockmap_after_messages, after);
+    let bytes = section.number("sockmap_message_bytes_max", 1..=1 << 20, mistakes);
+    set(&mut relay.sockmap_message_bytes_max, bytes);
+    let credit = section.number("sockmap_credit_bytes", 4096..=64 << 20, mistakes);
+    set(&mut relay.sockmap_credit_bytes, credit);
     let after = section.number("splice_after_bytes", 1..=1 << 40, mistakes);
     set(&mut relay.splice_after_bytes, after);
     let fullness = section.number("splice_fullness_percent", 0..=100, mistakes);
@@ -159,6 +165,8 @@ fn limits(mut section: Section, limits: &mut Limits, mistakes: &mut Mistakes) {
     let pending = section.number("connects_pending_max", 1..=1_000_000, mistakes);
     set(&mut limits.connects_pending_max, pending);
     set(&mut limits.pipes_max, section.number("pipes_max", 0..=1_000_000, mistakes));
+    let forwarded = section.number("sockmap_flows_max", 0..=1_000_000, mistakes);
+    set(&mut limits.sockmap_flows_max, forwarded);
     let spliced = section.number("spliced_flows_max", 0..=1_000_000, mistakes);
     set(&mut limits.spliced_flows_max, spliced);
     set(&mut limits.backlog, section.number("backlog", 1..=65535, mistakes));

@@ -84,6 +84,13 @@ impl Pipes {
         0
     }
 
+    /// The descriptors of both sides, if both are here.
+    pub(super) fn sockets(&self, flow: FlowId) -> Option<[BorrowedFd<'_>; 2]> {
+        let lent = self.lent.get(*self.places.get(flow.index())? as usize)?;
+        let [Some(downstream), Some(upstream)] = &lent.sockets else { return None };
+        Some([downstream.as_fd(), upstream.as_fd()])
+    }
+
     /// Gives everything of the flow back: descriptors, and pipes with the bytes in them.
     pub(super) fn release(&mut self, flow: FlowId) {
         let Some(place) = self.places.get_mut(flow.index()) else { return };

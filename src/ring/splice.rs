@@ -5,6 +5,8 @@
 //! it), which costs up to twice the CPU. So a step is run here, on this core's thread, a bounded
 //! number of them a turn, and its outcome is handed to the worker like an event.
 
+use std::os::fd::BorrowedFd;
+
 use io_uring::opcode;
 
 use super::pipes::{Spliced, Step};
@@ -36,6 +38,12 @@ impl Ring {
         };
         let poll = opcode::PollAdd::new(self.socket(token.flow(), side), events).build();
         self.push(poll.user_data(token.raw()));
+    }
+
+    /// The descriptors of both sides, if they are lent.
+    #[must_use]
+    pub fn lent(&self, flow: FlowId) -> Option<[BorrowedFd<'_>; 2]> {
+        self.pipes.sockets(flow)
     }
 
     /// Makes an event, with the events of poll(2) as its result, whenever FIN has come on the

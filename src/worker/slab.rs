@@ -182,11 +182,11 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::{Flow, Ops, Rules, Segments};
+    use crate::flow::{Can, Flow, Ops, Rules, Segments};
     use crate::profile::Profile;
 
     fn flow() -> Flow {
-        let rules = Rules::new(&Profile::default(), false);
+        let rules = Rules::new(&Profile::default(), Can::default());
         Flow::open(None, &rules, &mut Segments::new(0), &mut Ops::new())
     }
 

@@ -50,6 +50,7 @@ impl Forwarder {
             profile: Arc::new(profile),
             services: Update::new(services.table(), None),
             share,
+            sockmap: None,
             source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
         })
         .unwrap();
@@ -105,6 +106,7 @@ fn small_profile() -> Profile {
             flows_max: 256,
             flows_per_source_max: 0,
             pipes_max: 16,
+            sockmap_flows_max: 64,
             spliced_flows_max: 64,
         },
         name: "test".into(),
@@ -113,6 +115,9 @@ fn small_profile() -> Profile {
             mode: RelayMode::Copy,
             pipe_bytes: 65536,
             segments_max: 16,
+            sockmap_after_messages: 4,
+            sockmap_credit_bytes: 65536,
+            sockmap_message_bytes_max: 4096,
             splice_after_bytes: 65536,
             splice_fullness_percent: 10,
             splice_short_bytes: 1,
@@ -426,6 +431,7 @@ const SHARE: Share = Share {
     flows_max: 256,
     flows_per_source_max: 0,
     pipes_max: 16,
+    sockmap_flows_max: 64,
     spliced_flows_max: 64,
 };
 /// No test waits longer than this for anything.

@@ -13,14 +13,15 @@ use super::breaker::Breaker;
 use super::mailbox::{Letter, Mailbox};
 use super::peek::Peeking;
 use super::slab::{Entry, Peers, Slab, Times};
+use super::sockmap::Forwarded;
 use super::trial::Trial;
 use super::wheel::{Clock, Wheel};
 use super::{FlowRow, Setup};
 use crate::flow::{Flow, Ops, Rules, Segments};
 use crate::metrics::Counters;
 use crate::op::{
-    CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Readiness, Request, Segment, Side,
-    Timer, Token,
+    CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Readiness, Relay, Request, Segment,
+    Side, Timer, Token,
 };
 use crate::profile::Timeouts;
 use crate::ring::{Batch, Event, Ring, RingError, Spliced};
@@ -34,6 +35,8 @@ pub(super) struct Worker {
     pub(super) counters: Arc<Counters>,
     /// When draining: the tick at which what is left is reset.
     pub(super) drain_until: Option<u32>,
+    /// What the kernel forwards; `None` where it forwards nothing.
+    pub(super) forwarded: Option<Forwarded>,
     /// The number of the place that this thread is in.
     pub(super) inside: u32,
     pub(super) listening: Listening,
@@ -67,6 +70,7 @@ impl Worker {
     /// Turns until drained.
     pub(super) fn run(&mut self) -> Result<(), RingError> {
         self.ring.arm_mailbox(MAILBOX, self.mailbox.bell());
+        self.arm_sockmap();
         self.arm_listeners();
         while !self.is_drained() {
             self.turn()?;
@@ -83,6 +87,7 @@ impl Worker {
             self.handle(event);
         }
         self.splice();
+        self.forward();
         if let Some(trial) = &mut self.trial {
             self.rules.splice = trial.judge(self.clock.elapsed(), || self.counters.bytes());
         }
@@ -102,7 +107,9 @@ impl Worker {
         let timer = self.wheel.next(now);
         let listener = self.listening.retry_at().map(|at| at.saturating_sub(now).max(1));
         let drain = self.drain_until.map(|at| at.saturating_sub(now).max(1));
-        [timer, listener, drain].into_iter().flatten().min().map(Clock::span)
+        let ticks = [timer, listener, drain].into_iter().flatten().min().map(Clock::span);
+        let forwarded = self.forwarded.as_ref().and_then(|forwarded| forwarded.patience(now));
+        [ticks, forwarded].into_iter().flatten().min()
     }
 
     fn handle(&mut self, event: Event) {
@@ -175,7 +182,9 @@ impl Worker {
         }
         let origin = self.listening.origin(entry.peers.listener);
         for (from, (relay, moved)) in Side::BOTH.into_iter().zip(before) {
-            self.counters.moved(origin, from, relay, flow.moved_bytes(from) - moved);
+            let forwarded = matches!(completion, Completion::Forwarded { .. });
+            let moved_by = if forwarded { Relay::Sockmap } else { relay };
+            self.counters.moved(origin, from, moved_by, flow.moved_bytes(from) - moved);
             self.counters.changed(relay, flow.relay(from));
         }
         self.counters.fell(flow.take_fall());
@@ -195,6 +204,11 @@ impl Worker {
                     self.counters.buffers_exhausted.add(1);
                     if entry.queue_for_buffers(side) {
                         self.starved.push_back((slot, side));
+                    }
+                }
+                Op::AwaitDrained(_) | Op::Join | Op::Pass(_) => {
+                    if let Some(forwarded) = self.forwarded.as_mut() {
+                        forwarded.carry(op, slot, generation, &self.ring);
                     }
                 }
                 Op::Await { from, readiness } => {
@@ -244,6 +258,7 @@ impl Worker {
             if let Some(counter) = self.counters.flows_closed.get(reason as usize) {
                 counter.add(1);
             }
+            self.release_pair(slot, peers.listener);
             self.services.ended(peers.endpoint);
             return self.listening.flow_ended(&peers);
         }
@@ -302,7 +317,9 @@ impl Worker {
             if self.is_given_up(slot) {
                 continue;
             }
-            let Some(Entry { times, .. }) = self.slab.entry(slot) else { continue };
+            // The kernel may have moved bytes that nobody has heard of.
+            Side::BOTH.into_iter().for_each(|from| self.look_at(slot, from));
+            let Some(Entry { flow: Some(_), times, .. }) = self.slab.entry(slot) else { continue };
             let deadline = self.ticks.deadline(times);
             if let Some(timer) = times.timer.filter(|_| deadline.is_some_and(is_over)) {
                 self.step(slot, Completion::Expired(timer));
@@ -336,6 +353,7 @@ impl Worker {
                 Letter::Change(change) => self.change(*change),
                 Letter::Leave(place) => self.leave(place),
                 Letter::Flows(to) => {
+                    self.refresh();
                     // Whoever asked may have stopped waiting: nothing is lost.
                     let _ = to.send(self.rows());
                 }

@@ -27,6 +27,7 @@ mod reload;
 mod ring;
 mod rules;
 mod services;
+mod sockmap;
 mod splice;
 mod takeover;
 mod tune;
