@@ -513,10 +513,12 @@ impl Rules {
             bulk_after_bytes: relay.bulk_after_bytes,
             bulk_segment_bytes: buffers.small_bytes / 2,
             forwarding: match relay.mode {
-                RelayMode::Auto if can.forward => Some(Forwarding {
-                    after_messages: relay.sockmap_after_messages,
-                    message_bytes_max: relay.sockmap_message_bytes_max,
-                }),
+                RelayMode::Auto if can.forward && relay.sockmap_after_messages > 0 => {
+                    Some(Forwarding {
+                        after_messages: relay.sockmap_after_messages,
+                        message_bytes_max: relay.sockmap_message_bytes_max,
+                    })
+                }
                 RelayMode::Sockmap if can.forward => Some(Forwarding::ALWAYS),
                 _ => None,
             },

@@ -92,7 +92,7 @@ pub struct Relay {
     pub pipe_bytes: u32,
     /// Most buffers one direction may hold; its receive is paused above it.
     pub segments_max: u16,
-    /// A flow in which as many messages have come may be given to the kernel.
+    /// A flow in which as many messages have come may be given to the kernel; 0: `auto` gives none.
     pub sockmap_after_messages: u32,
     /// Bytes a peer may be behind what the kernel has forwarded to it.
     pub sockmap_credit_bytes: u32,
@@ -197,7 +197,7 @@ impl Default for Profile {
                 mode: RelayMode::Auto,
                 pipe_bytes: 1 << 20,
                 segments_max: 64,
-                sockmap_after_messages: 64,
+                sockmap_after_messages: 0,
                 sockmap_credit_bytes: 256 << 10,
                 sockmap_message_bytes_max: 4096,
                 splice_after_bytes: 1 << 20,

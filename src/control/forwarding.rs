@@ -23,7 +23,12 @@ impl Forwarding {
         workers: usize,
     ) -> Result<Forwarding, RunError> {
         let mode = profile.relay.mode;
-        if !matches!(mode, RelayMode::Auto | RelayMode::Sockmap) || flows_max == 0 {
+        let wanted = match mode {
+            RelayMode::Auto => profile.relay.sockmap_after_messages > 0,
+            RelayMode::Sockmap => true,
+            _ => false,
+        };
+        if !wanted || flows_max == 0 {
             return Ok(Forwarding::default());
         }
         match load(profile.relay.sockmap_credit_bytes, flows_max, workers) {

@@ -142,8 +142,7 @@ impl Flow {
             && self.messages >= forwarding.after_messages
             && self.is_quiet()
             && halves.iter().all(|half| {
-                half.path == Path::Copy
-                    && half.copying.average_bytes() <= forwarding.message_bytes_max
+                half.path == Path::Copy && half.message_bytes() <= forwarding.message_bytes_max
             })
     }
 
@@ -164,6 +163,12 @@ impl Half {
     /// Lives, with nothing received that was not sent.
     fn is_quiet(&self) -> bool {
         !self.source_ended && self.target == Target::Open && self.copying.is_flushed()
+    }
+
+    /// What the last messages had on average. Unknown between two receives: bulk looks so, too.
+    fn message_bytes(&self) -> u32 {
+        let unknown = if self.moved_bytes == 0 { 0 } else { u32::MAX };
+        self.copying.average_bytes().unwrap_or(unknown)
     }
 
     /// Begins a path on which bytes received in user space are counted apart.

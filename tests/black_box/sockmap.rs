@@ -401,7 +401,7 @@ fn without_the_right_to_load_it_the_relay_is_refused_and_auto_falls_back() {
 /// it back when it becomes bulk.
 #[test]
 fn auto_gives_small_talk_to_the_kernel_and_takes_bulk_back() {
-    let rig = Rig::with("");
+    let rig = Rig::with("relay: { sockmap_after_messages: 64 }\n");
     let (mut client, mut server) = rig.pair();
     exchange(&mut client, &mut server, 10);
     assert_eq!(rig.weir.flows()[0]["relay"]["to_upstream"], "copy");
