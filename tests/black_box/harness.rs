@@ -30,6 +30,15 @@ pub(crate) fn rounds(usual: u64, full: u64) -> u64 {
     if std::env::var_os("WEIR_TEST_FULL").is_some() { full } else { usual }
 }
 
+/// Waits until what `left` says is nothing; fails with what it still says.
+pub(crate) fn until_nothing(left: impl Fn() -> String) {
+    let deadline = Instant::now() + PATIENCE;
+    while !left().is_empty() && Instant::now() < deadline {
+        std::thread::sleep(LOOK_EVERY);
+    }
+    assert_eq!(left(), "", "something is left");
+}
+
 /// For anything that should be a matter of milliseconds, on a machine that is busy with others.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -227,12 +227,17 @@ impl Net {
     }
 
     pub(crate) fn is_clean_in(&self, place: Place) -> bool {
-        let is_own_table = |line: &str| line == "table inet weir";
-        !self.run(place, &["nft", "list", "tables"]).lines().any(is_own_table)
-            && ["-4", "-6"]
-                .iter()
-                .all(|family| !self.run(place, &["ip", family, "rule"]).contains("lookup 133"))
-            && self.sockets_in(place).is_empty()
+        self.left_in(place).is_empty()
+    }
+
+    /// What of weir is left there, line by line.
+    pub(crate) fn left_in(&self, place: Place) -> String {
+        let tables = self.run(place, &["nft", "list", "tables"]);
+        let rules = ["-4", "-6"].map(|family| self.run(place, &["ip", family, "rule"])).concat();
+        let tables = tables.lines().filter(|line| *line == "table inet weir");
+        let rules = rules.lines().filter(|line| line.contains("lookup 133"));
+        let sockets = self.sockets_in(place);
+        tables.chain(rules).chain(sockets.lines()).collect::<Vec<_>>().join("\n")
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::{Net, PATIENCE, Place, until};
+use super::{Net, PATIENCE, Place, until, until_nothing};
 
 /// Killed on drop; `end` is the friendly way, and checks what it leaves.
 pub(crate) struct Weir {
@@ -207,7 +207,7 @@ impl Weir {
         self.signal(nix::sys::signal::Signal::SIGTERM);
         assert_eq!(self.wait().code(), Some(0), "{}", self.log());
         assert!(!self.socket().exists(), "the admin socket is gone");
-        until("the node is clean", || net.is_clean());
+        until_nothing(|| net.left_in(Place::Node));
     }
 }
 
