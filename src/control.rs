@@ -263,6 +263,9 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
         running.until_over(&mut signals, reloader, capturing.as_mut(), taking_over.as_ref()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     checks.abort();
+    if capturing.is_some() && !interrupted {
+        tokio::time::sleep(LAST_ACKS).await;
+    }
     drop(capturing);
     drop(admin);
     let result = finish(running, interrupted);
@@ -392,6 +395,9 @@ impl Signals {
     }
 }
 
+/// Under tproxy the last ACK of a flow that has just ended still finds its way by our rules; without
+/// it a socket of ours would stay in LAST-ACK for minutes.
+const LAST_ACKS: Duration = Duration::from_millis(250);
 /// How long workers need to accept what waits in their queues; they need far less.
 const QUEUES_EMPTY: Duration = Duration::from_millis(50);
 /// How often the control thread looks whether the workers still run.
