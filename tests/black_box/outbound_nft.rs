@@ -16,7 +16,11 @@ fn rig(mode: &str, more: &str) -> Rig {
         "workers: 2\noutbound: {{ capture: {mode}, workload: {{ cgroup: {} }}{more} }}",
         cgroup.path
     );
-    Rig::with(Net::new(), cgroup, &config)
+    let net = Net::new();
+    // A last ACK that is lost leaves a closed socket of weir's in LAST-ACK until the kernel gives up:
+    // half a minute with what it comes with (docs/CAPTURE.md, "Outbound: tproxy").
+    net.set(Place::Node, "net.ipv4.tcp_orphan_retries=2");
+    Rig::with(net, cgroup, &config)
 }
 
 /// Entries for each flow: none, or one for each leg.
