@@ -63,7 +63,7 @@ fn auto_splices_the_bulky_direction_while_it_is_bulky() {
 #[test]
 fn direction_back_from_splice_waits_for_its_reader_asleep() {
     const MB: u64 = 1 << 20;
-    let rig = Rig::with("relay: { splice_after_bytes: 20000000, splice_fullness_percent: 5 }");
+    let rig = Rig::with("relay: { splice_after_bytes: 40000000, splice_fullness_percent: 5 }");
     let (mut client, mut server) = rig.pair();
     let bulk = |seed| {
         scope(|scope| {
