@@ -22,8 +22,11 @@ pub(super) fn run(seconds: u64) -> Result<(), Failure> {
     }
     lab::catch_signals().map_err(|error| Failure::Failed(format!("demo: {error}")))?;
     Demo { seconds }.tell().map_err(|refusal| {
-        let failed = Failure::Failed(format!("demo: {refusal}"));
-        if lab::is_interrupted() { Failure::Interrupted } else { failed }
+        if lab::is_interrupted() {
+            step("interrupted: namespaces, cgroup and files are removed");
+            return Failure::Interrupted;
+        }
+        Failure::Failed(format!("demo: {refusal}"))
     })
 }
 

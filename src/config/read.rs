@@ -28,18 +28,7 @@ impl Config {
     ///
     /// Every mistake in the text.
     pub fn parse(file: &str, directory: Option<&Path>, text: &str) -> Result<Config, Mistakes> {
-        let mut mistakes = Mistakes::none(file, text);
-        let root = match yaml::parse(text) {
-            Ok(root) => root,
-            Err(mistake) => {
-                mistakes.push(mistake);
-                return mistakes.or(None);
-            }
-        };
-        let mut section = Section::open(Some(root), "", &mut mistakes);
-        let config = read(&mut section, directory, &mut mistakes);
-        section.finish(&mut mistakes);
-        mistakes.or(Some(config))
+        Section::document(file, text, |section, mistakes| read(section, directory, mistakes))
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::claims::{ADDRESS, Claim};
 use super::service;
 use crate::service::{Endpoint, Manner};
-use crate::yaml::{self, Mistakes, Node, Section};
+use crate::yaml::{Mistakes, Node, Section};
 
 /// Traffic that comes because the service registry says so.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -75,18 +75,7 @@ pub struct Named {
 ///
 /// Every mistake in the text.
 pub fn registry_file(file: &str, text: &str) -> Result<Vec<Named>, Mistakes> {
-    let mut mistakes = Mistakes::none(file, text);
-    let root = match yaml::parse(text) {
-        Ok(root) => root,
-        Err(mistake) => {
-            mistakes.push(mistake);
-            return mistakes.or(None);
-        }
-    };
-    let mut section = Section::open(Some(root), "", &mut mistakes);
-    let services = named(&mut section, &mut mistakes);
-    section.finish(&mut mistakes);
-    mistakes.or(Some(services))
+    Section::document(file, text, named)
 }
 
 pub(super) fn takeover(

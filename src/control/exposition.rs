@@ -75,11 +75,6 @@ struct Family {
 impl Totals {
     fn sum(counters: &[&Counters]) -> Totals {
         let sum = Sum(counters);
-        let single = |name, help, pick: fn(&Counters) -> &Counter| Family {
-            help,
-            name,
-            series: vec![(Vec::new(), sum.of(pick))],
-        };
         let mut families = vec![
             by_origin(&sum),
             by_reason("flows_closed", "Flows that ended, by reason", &sum, |_| true),
@@ -93,34 +88,11 @@ impl Totals {
             relay_changes(&sum),
             denied(&sum),
         ];
-        families.push(single("accept_paused", "Times accept had to pause", |c| &c.accept_paused));
-        families.push(single(
-            "buffers_exhausted",
-            "Times a direction had to wait for a buffer",
-            |c| &c.buffers_exhausted,
-        ));
-        families.push(single(
-            "completions_stale",
-            "Completions of an earlier life of a slot, dropped",
-            |c| &c.completions_stale,
-        ));
-        families.push(single(
-            "connects_retried",
-            "Connects that failed and were made again to another endpoint",
-            |c| &c.connects_retried,
-        ));
-        families.push(single(
-            "endpoints_ejected",
-            "Times a worker put an endpoint that it could not reach out of use",
-            |c| &c.endpoints_ejected,
-        ));
-        families.push(single("ring_enters", "io_uring_enter calls", |c| &c.ring_enters));
-        families.push(single("ring_completions", "Completions handled", |c| &c.ring_completions));
-        families.push(single(
-            "ring_overflows",
-            "Turns that found the completion queue full",
-            |c| &c.ring_overflows,
-        ));
+        families.extend(SINGLE.map(|(name, help, pick)| Family {
+            help,
+            name,
+            series: vec![(Vec::new(), sum.of(pick))],
+        }));
         let active = sum.of(|c| &c.flows_active);
         Totals { families, flows_active: i64::try_from(active).unwrap_or(i64::MAX) }
     }
@@ -292,6 +264,29 @@ impl Collector for Totals {
 
 /// Of the OpenMetrics text format.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// One counter of many.
+type Pick = fn(&Counters) -> &Counter;
+
+/// Counters without labels: name, help, which.
+const SINGLE: [(&str, &str, Pick); 8] = [
+    ("accept_paused", "Times accept had to pause", |c| &c.accept_paused),
+    ("buffers_exhausted", "Times a direction had to wait for a buffer", |c| &c.buffers_exhausted),
+    ("completions_stale", "Completions of an earlier life of a slot, dropped", |c| {
+        &c.completions_stale
+    }),
+    ("connects_retried", "Connects that failed and were made again to another endpoint", |c| {
+        &c.connects_retried
+    }),
+    (
+        "endpoints_ejected",
+        "Times a worker put an endpoint that it could not reach out of use",
+        |c| &c.endpoints_ejected,
+    ),
+    ("ring_enters", "io_uring_enter calls", |c| &c.ring_enters),
+    ("ring_completions", "Completions handled", |c| &c.ring_completions),
+    ("ring_overflows", "Turns that found the completion queue full", |c| &c.ring_overflows),
+];
 
 #[cfg(test)]
 mod tests {

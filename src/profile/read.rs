@@ -24,21 +24,13 @@ impl Profile {
     ///
     /// Every mistake in the file.
     pub fn parse(file: &str, name: &str, text: &str) -> Result<Profile, Mistakes> {
-        let mut mistakes = Mistakes::none(file, text);
-        let root = match yaml::parse(text) {
-            Ok(root) => root,
-            Err(mistake) => {
-                mistakes.push(mistake);
-                return mistakes.or(None);
-            }
-        };
-        let mut section = Section::open(Some(root), "", &mut mistakes);
-        let mut profile = base(&mut section, &mut mistakes);
-        name.clone_into(&mut profile.name);
-        read(&mut section, &mut profile, &mut mistakes);
-        relations(&section, &profile, &mut mistakes);
-        section.finish(&mut mistakes);
-        mistakes.or(Some(profile))
+        Section::document(file, text, |section, mistakes| {
+            let mut profile = base(section, mistakes);
+            name.clone_into(&mut profile.name);
+            read(section, &mut profile, mistakes);
+            relations(section, &profile, mistakes);
+            profile
+        })
     }
 
     /// A profile file by its path.

@@ -131,15 +131,7 @@ fn token(kind: Kind, slot: u32, generation: u32) -> Token {
 }
 
 fn sockets() -> profile::Sockets {
-    profile::Sockets {
-        busy_poll: Duration::ZERO,
-        congestion: None,
-        keepalive: None,
-        nodelay: true,
-        receive_buffer_bytes: 0,
-        send_buffer_bytes: 0,
-        user_timeout: Duration::ZERO,
-    }
+    profile::Profile::default().sockets
 }
 
 /// A listener whose accept queue is full: the kernel drops every further SYN. The streams keep it

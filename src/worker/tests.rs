@@ -93,6 +93,7 @@ impl Forwarder {
 use crate::op::CloseReason;
 
 fn small_profile() -> Profile {
+    let base = Profile::default();
     Profile {
         buffers: profile::Buffers {
             bulk_count: 16,
@@ -100,16 +101,6 @@ fn small_profile() -> Profile {
             small_count: 64,
             small_bytes: 16384,
         },
-        limits: profile::Limits {
-            backlog: 1024,
-            connects_pending_max: 64,
-            flows_max: 256,
-            flows_per_source_max: 0,
-            pipes_max: 16,
-            sockmap_flows_max: 64,
-            spliced_flows_max: 64,
-        },
-        name: "test".into(),
         relay: profile::Relay {
             bulk_after_bytes: 65536,
             mode: RelayMode::Copy,
@@ -117,30 +108,19 @@ fn small_profile() -> Profile {
             segments_max: 16,
             sockmap_after_messages: 4,
             sockmap_credit_bytes: 65536,
-            sockmap_message_bytes_max: 4096,
             splice_after_bytes: 65536,
             splice_fullness_percent: 10,
             splice_short_bytes: 1,
             window_bytes: 65536,
+            ..base.relay
         },
         ring: profile::Ring { completions: 1024, entries: 256, spin: Duration::ZERO },
-        sockets: profile::Sockets {
-            busy_poll: Duration::ZERO,
-            congestion: None,
-            keepalive: None,
-            nodelay: true,
-            receive_buffer_bytes: 0,
-            send_buffer_bytes: 0,
-            user_timeout: Duration::ZERO,
-        },
-        summary: String::new(),
-        sysctls: Default::default(),
         timeouts: Timeouts {
-            connect: Duration::from_secs(5),
             drain: Duration::from_secs(5),
             half_closed: Duration::from_secs(5),
-            idle: Duration::from_secs(60),
+            ..base.timeouts
         },
+        ..base
     }
 }
 

@@ -60,11 +60,8 @@ impl Mistakes {
     /// # Errors
     ///
     /// Every mistake noted.
-    pub fn or<T>(self, value: Option<T>) -> Result<T, Mistakes> {
-        match value {
-            Some(value) if self.list.is_empty() => Ok(value),
-            _ => Err(self),
-        }
+    pub fn or<T>(self, value: T) -> Result<T, Mistakes> {
+        if self.list.is_empty() { Ok(value) } else { Err(self) }
     }
 }
 

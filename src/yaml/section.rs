@@ -17,6 +17,31 @@ pub struct Section {
 }
 
 impl Section {
+    /// The map that a document is, by `take`, which asks for its keys. `file` is how messages call
+    /// the document.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in the text, keys that nobody asked for among them.
+    pub fn document<T>(
+        file: &str,
+        text: &str,
+        take: impl FnOnce(&mut Section, &mut Mistakes) -> T,
+    ) -> Result<T, Mistakes> {
+        let mut mistakes = Mistakes::none(file, text);
+        let root = match super::parse(text) {
+            Ok(root) => root,
+            Err(mistake) => {
+                mistakes.push(mistake);
+                return Err(mistakes);
+            }
+        };
+        let mut section = Section::open(Some(root), "", &mut mistakes);
+        let value = take(&mut section, &mut mistakes);
+        section.finish(&mut mistakes);
+        mistakes.or(value)
+    }
+
     /// The map at `path`; an absent or empty one has no keys.
     pub fn open(node: Option<Node>, path: &str, mistakes: &mut Mistakes) -> Section {
         let place = node.as_ref().map_or(Place { column: 1, line: 1 }, |node| node.place);
