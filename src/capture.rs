@@ -210,6 +210,12 @@ impl Plan {
         if self.marks().is_empty() { Vec::new() } else { route::steps(&self.marks()) }
     }
 
+    /// Packets of workloads find us by their marks alone.
+    #[must_use]
+    pub fn leads_packets(&self) -> bool {
+        !self.marks().is_empty()
+    }
+
     /// The marks by which packets are led to us.
     fn marks(&self) -> Vec<u32> {
         let outbound = self.netfilter().any(|one| one.way == Way::Tproxy);

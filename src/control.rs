@@ -263,8 +263,11 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
         running.until_over(&mut signals, reloader, capturing.as_mut(), taking_over.as_ref()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     checks.abort();
-    if capturing.is_some() && !interrupted {
-        tokio::time::sleep(LAST_ACKS).await;
+    if let Some(capturing) = capturing.as_ref().filter(|_| !interrupted) {
+        tokio::select! {
+            () = capturing.last_acks() => {}
+            _ = signals.next() => {} // Somebody is in a hurry.
+        }
     }
     drop(capturing);
     drop(admin);
@@ -395,9 +398,6 @@ impl Signals {
     }
 }
 
-/// Under tproxy the last ACK of a flow that has just ended still finds its way by our rules; without
-/// it a socket of ours would stay in LAST-ACK for minutes.
-const LAST_ACKS: Duration = Duration::from_millis(250);
 /// How long workers need to accept what waits in their queues; they need far less.
 const QUEUES_EMPTY: Duration = Duration::from_millis(50);
 /// How often the control thread looks whether the workers still run.

@@ -4,6 +4,7 @@
 //! Borrowed descriptors in, typed errors out; no policy.
 
 pub mod cgroup;
+pub mod closing;
 pub mod conntrack;
 pub mod memory;
 pub mod netlink;

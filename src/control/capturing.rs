@@ -16,6 +16,7 @@ use crate::config::{
     Captured, Config, InboundCapture, Namespace, OnChange, OnExit, Outbound, OutboundCapture,
     Reach, SourceAddress, Workload,
 };
+use crate::sys::closing;
 
 /// Capture in place, in one network namespace after the other.
 pub(super) struct Capturing {
@@ -188,6 +189,15 @@ impl Capturing {
         }
     }
 
+    /// Waits until workloads have acknowledged what sockets of ours said last: those answers find their
+    /// way by our rules, and without them the sockets would stay for minutes.
+    pub(super) async fn last_acks(&self) {
+        let deadline = Instant::now() + LAST_ACKS_WITHIN;
+        while Instant::now() < deadline && self.places.iter().any(Taken::awaits_acks) {
+            tokio::time::sleep(LAST_ACKS_LOOK).await;
+        }
+    }
+
     /// Notices what somebody took away or changed, and puts it back or raises the alarm, as the config
     /// says. While it is away, traffic flows directly. Lets go of network namespaces whose workload is
     /// gone.
@@ -212,6 +222,13 @@ impl Capturing {
 }
 
 impl Taken {
+    fn awaits_acks(&self) -> bool {
+        let leads = self.capture.as_ref().is_some_and(|capture| capture.plan().leads_packets());
+        // Where the place cannot be entered nobody answers.
+        leads
+            && self.place.within(closing::under_foreign_addresses).is_ok_and(|sockets| sockets > 0)
+    }
+
     fn change(&mut self, plan: Plan) -> Result<(), RunError> {
         let Some(capture) = &mut self.capture else { return Ok(()) };
         Ok(self.place.within(|| capture.change(plan))??)
@@ -336,5 +353,10 @@ const RECORDS_MIN: u32 = 16_384;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A workload can make it happen as often as it likes.
 const TELL_EVERY: Duration = Duration::from_mins(1);
+/// A FIN that meets its receiver between two states is lost (`tcp_rcv_state_process` in
+/// net/ipv4/tcp_input.c says so), and comes again after 0.2 s, 0.6 s, 1.4 s and 3 s (`TCP_RTO_MIN`).
+const LAST_ACKS_WITHIN: Duration = Duration::from_millis(3500);
+/// A look reads the list of all TCP sockets.
+const LAST_ACKS_LOOK: Duration = Duration::from_millis(20);
 /// Counting costs a short-lived process.
 const COUNT_EVERY: Duration = Duration::from_secs(2);

@@ -17,9 +17,6 @@ fn rig(mode: &str, more: &str) -> Rig {
         cgroup.path
     );
     let net = Net::new();
-    // A last ACK that is lost leaves a closed socket of weir's in LAST-ACK until the kernel gives up:
-    // half a minute with what it comes with (docs/CAPTURE.md, "Outbound: tproxy").
-    net.set(Place::Node, "net.ipv4.tcp_orphan_retries=2");
     Rig::with(net, cgroup, &config)
 }
 
@@ -292,6 +289,37 @@ for i in range(300):
         assert_eq!(rig.weir.opened(), 600);
         rig.end();
     }
+}
+
+/// A FIN of weir's that is lost comes again, and its answer finds its way even if weir ends meanwhile.
+#[test]
+fn last_acks_are_awaited_at_the_end() {
+    let rig = rig("tproxy", "");
+    // The first three FINs that weir sends to each port of the workload: the fourth comes after 1.4 s.
+    let lossy = "table inet lossy {
+        set one { type inet_service; size 999; flags dynamic; }
+        set two { type inet_service; size 999; flags dynamic; }
+        set three { type inet_service; size 999; flags dynamic; }
+        counter lost { }
+        chain lose {
+            tcp dport != @one add @one { tcp dport } counter name lost drop
+            tcp dport != @two add @two { tcp dport } counter name lost drop
+            tcp dport != @three add @three { tcp dport } counter name lost drop
+        }
+        chain c {
+            type filter hook input priority 0;
+            iifname lo tcp sport { 80, 81 } tcp flags & fin == fin jump lose
+        }
+    }";
+    rig.net.run(Place::Node, &["nft", lossy]);
+    rig.says("dial(V4, ('10.98.2.2', 80)).close(); dial(V6, ('fd98:2::2', 81)).close()");
+    let lost = || {
+        let listed = rig.net.run(Place::Node, &["nft", "list", "counter", "inet", "lossy", "lost"]);
+        listed.split("packets ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+    };
+    until("the flows have ended", || rig.weir.active() == 0);
+    until("FINs are lost", || lost() != "0");
+    rig.end();
 }
 
 /// One source port for one destination after the other, as fast as it goes: no old state is met.
