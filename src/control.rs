@@ -24,6 +24,7 @@ use crate::sys::socket::ListenError;
 use crate::worker::{Handle, WorkerError};
 
 use capturing::{Capturing, RulesLost};
+use looped::Looped;
 use reload::Reloader;
 use services::Services;
 use takeover::TakingOver;
@@ -37,6 +38,7 @@ mod descriptors;
 mod exposition;
 mod forwarding;
 mod listeners;
+mod looped;
 mod places;
 mod reload;
 mod routes;
@@ -296,6 +298,7 @@ impl Running {
     ) -> bool {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut told = false;
+        let mut looped = Looped::new();
         loop {
             tokio::select! {
                 asked = signals.next() => match asked {
@@ -321,6 +324,7 @@ impl Running {
                 }
                 _ = tick.tick() => {
                     self.services.tell(&self.workers);
+                    looped.say(&self.workers);
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
                         self.ask_to_drain(); // One worker has failed: end the others.
                         self.drain(Duration::ZERO);

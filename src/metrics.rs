@@ -99,6 +99,8 @@ impl Origin {
 pub enum Denied {
     /// Dialled straight to a capture port.
     Direct,
+    /// It has gone round, from us to others and back.
+    Looped,
     /// The workload's network namespace cannot be entered.
     Namespace,
     /// The service has no endpoint that may be dialled.
@@ -119,8 +121,9 @@ pub enum Denied {
 
 impl Denied {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Denied; 9] = [
+    pub const ALL: [Denied; 10] = [
         Denied::Direct,
+        Denied::Looped,
         Denied::Namespace,
         Denied::NoEndpoint,
         Denied::NoRequest,
@@ -136,6 +139,7 @@ impl Denied {
     pub const fn label(self) -> &'static str {
         match self {
             Denied::Direct => "direct",
+            Denied::Looped => "looped",
             Denied::Namespace => "namespace",
             Denied::NoEndpoint => "no_endpoint",
             Denied::NoRequest => "no_request",

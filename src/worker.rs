@@ -45,6 +45,7 @@ mod attribution;
 mod breaker;
 mod change;
 mod destination;
+mod loops;
 mod mailbox;
 mod peek;
 mod places;

@@ -176,6 +176,33 @@ pub fn original_dst(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     .and_then(ip_address)
 }
 
+/// Connections that wait in a listener's accept queue (`TCP_INFO`: `tcp_get_info` in net/ipv4/tcp.c
+/// tells a listener's backlog as `tcpi_unacked`).
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn waiting(listener: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut info = [0u32; TCP_INFO_WORDS];
+    let mut bytes = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
+    // SAFETY: `listener` is borrowed, so open for the call; the kernel writes at most `bytes` bytes, the
+    // size of `info`, and keeps no pointer; every bit pattern is a number.
+    let result = unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut bytes,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let index = std::mem::offset_of!(libc::tcp_info, tcpi_unacked) / size_of::<u32>();
+    Ok(info.get(index).copied().unwrap_or(0))
+}
+
 /// Whether dialling `ip` would reach this host: an address can be bound only where it is local
 /// (where `ip_nonlocal_bind` is set, every one counts as local).
 #[must_use]
@@ -308,6 +335,9 @@ fn bind_error(addr: SocketAddr, source: io::Error) -> ListenError {
 const SO_NETNS_COOKIE_BYTES: libc::socklen_t = 8;
 const NO_IPV6: &str = " (is IPv6 switched off here? listen on an IPv4 address)";
 const NEEDS_NET_ADMIN: &str = " (needs CAP_NET_ADMIN)";
+
+/// The first numbers of a `tcp_info`; the kernel tells as many as there is room for.
+const TCP_INFO_WORDS: usize = 8;
 
 #[cfg(test)]
 mod tests {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::destination::Destination;
+use super::loops::LoopWatch;
 use super::proxy_header::Header;
 use super::slab::Peers;
 use super::turn::Worker;
@@ -44,9 +45,10 @@ pub(super) struct State {
     addr: Option<SocketAddr>,
     fate: Fate,
     /// Closed once nothing will be accepted any more.
-    fd: Option<OwnedFd>,
+    pub(super) fd: Option<OwnedFd>,
     /// Open flows that came by it.
-    flows: u32,
+    pub(super) flows: u32,
+    pub(super) loops: LoopWatch,
     origin: Origin,
     /// Where it lives.
     pub(super) place: Arc<Place>,
@@ -106,7 +108,8 @@ impl Worker {
             if state.fate != Fate::Serves {
                 continue;
             }
-            match (state.accept, may) {
+            let paused = state.loops.is_paused();
+            match (state.accept, may && !paused) {
                 (Accept::Idle, true) if many => {
                     state.accept = Accept::Many;
                     self.ring.accept_many(token(index), fd, into);
@@ -116,12 +119,12 @@ impl Worker {
                     ones += 1;
                     self.ring.accept_one(token(index), fd, into);
                 }
-                (Accept::Many, may) if !may || !many => {
+                (Accept::Many, goes) if !goes || !many => {
                     state.accept = Accept::Cancelled;
                     self.counters.accept_paused.add(u64::from(!may));
                     self.ring.cancel(token(index));
                 }
-                (Accept::One, false) if into == AcceptInto::Descriptors => {
+                (Accept::One, false) if paused || into == AcceptInto::Descriptors => {
                     state.accept = Accept::Cancelled;
                     self.ring.cancel(token(index));
                 }
@@ -243,6 +246,10 @@ impl Worker {
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
     fn serve_slot(&mut self, slot: FlowId, listener: u16) {
+        if self.listening.comes_round(listener) {
+            self.count_denied(Denied::Looped);
+            return self.ring.close(slot, Side::Downstream, true);
+        }
         let Destination { endpoint, service, upstream, .. } = match self.service_of(listener, 0) {
             Ok(destination) => destination,
             Err(denied) => {
@@ -274,6 +281,9 @@ impl Worker {
     fn serve(&mut self, listener: u16, fd: OwnedFd) {
         if !self.has_room() {
             return self.listening.parked.push_back((listener, fd));
+        }
+        if self.listening.comes_round(listener) {
+            return self.deny(Denied::Looped, &fd);
         }
         let Ok(downstream) = socket::peer_name(fd.as_fd()).map(Downstream::new) else {
             return; // It was reset while it waited: nobody is left to answer.
@@ -458,9 +468,22 @@ impl Listening {
         self.into == AcceptInto::Descriptors
     }
 
+    /// Counts a connection; true if it has gone round in a loop.
+    fn comes_round(&mut self, listener: u16) -> bool {
+        let state = self.states.get_mut(usize::from(listener));
+        state.is_some_and(|state| state.loops.arrives())
+    }
+
+    /// How long no listener needs to be looked at for a loop.
+    pub(super) fn looping(&self, now: Duration) -> Option<Duration> {
+        self.states.iter().filter_map(|state| state.loops.patience(now)).min()
+    }
+
     fn is_armed(&self) -> bool {
         let mut serving = self.states.iter().filter(|state| state.fate == Fate::Serves);
-        serving.all(|state| matches!(state.accept, Accept::Many | Accept::One))
+        serving.all(|state| {
+            matches!(state.accept, Accept::Many | Accept::One) || state.loops.is_paused()
+        })
     }
 
     fn ones(&self) -> u32 {
@@ -487,6 +510,7 @@ impl State {
             fate: Fate::Serves,
             fd: Some(fd),
             flows: 0,
+            loops: LoopWatch::new(),
             origin,
             place,
             port,

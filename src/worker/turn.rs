@@ -95,6 +95,7 @@ impl Worker {
         self.feed_starved();
         self.expire();
         self.read_mail();
+        self.watch_loops();
         self.arm_listeners();
         self.counters.ring_enters.set(self.ring.enters());
         self.counters.ring_overflows.set(self.ring.overflows());
@@ -109,7 +110,8 @@ impl Worker {
         let drain = self.drain_until.map(|at| at.saturating_sub(now).max(1));
         let ticks = [timer, listener, drain].into_iter().flatten().min().map(Clock::span);
         let forwarded = self.forwarded.as_ref().and_then(|forwarded| forwarded.patience(now));
-        [ticks, forwarded].into_iter().flatten().min()
+        let looping = self.listening.looping(self.clock.elapsed());
+        [ticks, forwarded, looping].into_iter().flatten().min()
     }
 
     fn handle(&mut self, event: Event) {
