@@ -17,15 +17,17 @@ use crate::service::{Endpoint, Manner};
 mod capture;
 mod claims;
 mod read;
+mod registry;
 mod service;
 mod takeover;
 #[cfg(test)]
 mod tests;
 mod workloads;
 
-pub use takeover::{
-    Named, Registry, RegistryKind, Takeover, Wanted, is_service_name, registry_file,
+pub use registry::{
+    Credentials, Layout, Named, Registry, RegistryKind, Zookeeper, is_service_name, registry_file,
 };
+pub use takeover::{Takeover, Wanted};
 
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");

@@ -241,7 +241,7 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
     admin.serve(&running);
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
-    let taking_over = api.map(|api| api.serve(&running.services, mark));
+    let taking_over = api.map(|api| api.serve(&running, mark));
     let home = start::home(&prepared)?;
     // Last of all: what is taken now must be served.
     let capturing = running.captures.then(|| Capturing::install(prepared, &running));
@@ -299,8 +299,20 @@ impl Running {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut told = false;
         let mut looped = Looped::new();
+        let withdrawn = Notify::new();
+        let withdraw = async {
+            self.bell.notified().await;
+            // Before the listeners close, so that nobody is sent to a closed one.
+            if let Some(taking_over) = taking_over.cloned() {
+                taking_over.withdraw().await;
+            }
+            withdrawn.notify_one();
+            std::future::pending::<()>().await;
+        };
+        let mut withdraw = std::pin::pin!(withdraw);
         loop {
             tokio::select! {
+                () = &mut withdraw => {}
                 asked = signals.next() => match asked {
                     Asked::Reload if self.is_draining() => {
                         tracing::warn!("SIGHUP: weir drains; the config stays");
@@ -314,10 +326,8 @@ impl Running {
                     }
                     Asked::Stop { .. } => self.ask_to_drain(),
                 },
-                () = self.bell.notified(), if !told => {
+                () = withdrawn.notified(), if !told => {
                     told = true;
-                    // Before the listeners close, so that nobody is sent to a closed one.
-                    taking_over.inspect(|taking_over| taking_over.withdraw());
                     self.stop_taking(capturing.as_deref_mut()).await;
                     let within = self.in_force.borrow().drain;
                     self.drain(within);

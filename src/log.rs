@@ -14,9 +14,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// Begins to log. Only the first call has an effect.
 pub fn start() {
     let filter = EnvFilter::builder()
-        .with_env_var("WEIR_LOG")
         .with_default_directive(tracing::Level::INFO.into())
-        .from_env_lossy();
+        .parse_lossy(std::env::var("WEIR_LOG").as_deref().unwrap_or(USUAL));
     let registry = tracing_subscriber::registry().with(filter);
     let journal = is_journal().then(tracing_journald::layer).and_then(Result::ok);
     // Refused only if somebody has begun already.
@@ -44,3 +43,6 @@ fn is_journal() -> bool {
     std::fs::metadata("/proc/self/fd/2")
         .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
+
+/// What registries' clients have to say, weir says in its own words.
+const USUAL: &str = "info,zookeeper_client=off";

@@ -18,8 +18,12 @@ mod api;
 mod desk;
 mod file;
 mod fixed;
+mod layout;
+mod link;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "zookeeper")]
+mod zookeeper;
 
 /// One address of a service, with what its registry says about it.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,10 +39,25 @@ pub struct Provider {
 pub struct Snapshot {
     /// All of them, none twice.
     pub providers: Vec<Provider>,
-    /// Grows with every change of this service in this registry.
+    /// The registry's own count of changes, as it says it.
     pub revision: u64,
     /// Whose.
     pub service: String,
+}
+
+/// How it goes with a registry.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Standing {
+    /// Attempts to connect that failed, and sessions that ended.
+    pub failures: u64,
+    /// It answers.
+    pub is_connected: bool,
+    /// Times a session began.
+    pub sessions: u64,
+    /// Times it said where a service lives.
+    pub snapshots: u64,
+    /// Why there was no session, the last time; empty if there never was a reason.
+    pub trouble: String,
 }
 
 /// Where services are kept. Every call notes what is wanted and returns at once; what a registry
@@ -47,12 +66,18 @@ pub trait Registry: Send {
     /// In logs and tables.
     fn name(&self) -> &str;
 
+    /// Whether it has said that it holds what was published of `service`.
+    fn holds(&self, service: &str) -> bool;
+
     /// What has changed since the last time, of services that are subscribed to.
     fn news(&mut self) -> Vec<Snapshot>;
 
     /// This host provides `service` at `provider`, until it is unpublished. Whether it can be said
     /// here at all.
     fn publish(&mut self, service: &str, provider: &Provider) -> bool;
+
+    /// How it goes with it.
+    fn standing(&self) -> Standing;
 
     /// It does so no more.
     fn unpublish(&mut self, service: &str);

@@ -10,9 +10,9 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Captured, Config, Destinations, Forward, Inbound, InboundCapture, Named, Namespace, OnChange,
-    OnExit, Outbound, OutboundCapture, ProxyProtocol, Reach, Registry, RegistryKind, SourceAddress,
-    Takeover, Wanted, Workers, Workload,
+    Captured, Config, Credentials, Destinations, Forward, Inbound, InboundCapture, Named,
+    Namespace, OnChange, OnExit, Outbound, OutboundCapture, ProxyProtocol, Reach, Registry,
+    RegistryKind, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -162,6 +162,7 @@ fn takeover(takeover: &Takeover) -> Value {
         "inbound": takeover.inbound.to_string(),
         "outbound": takeover.outbound.to_string(),
         "app_port": takeover.app_port,
+        "propagation_ms": profile::millis(takeover.propagation),
     });
     if let Some(advertise) = takeover.advertise {
         shown["advertise"] = advertise.to_string().into();
@@ -175,6 +176,7 @@ fn takeover(takeover: &Takeover) -> Value {
             let services: Vec<Value> = services.iter().map(named).collect();
             json!({ "name": registry.name, "kind": "static", "services": services })
         }
+        RegistryKind::Zookeeper(settings) => zookeeper(&registry.name, settings),
     };
     shown["registries"] = takeover.registries.iter().map(registry).collect();
     let wanted = |wanted: &Wanted| {
@@ -183,6 +185,23 @@ fn takeover(takeover: &Takeover) -> Value {
         pairs.map(|(key, value)| (key.to_owned(), Value::from(value))).collect::<Value>()
     };
     shown["services"] = takeover.services.iter().map(wanted).collect();
+    shown
+}
+
+fn zookeeper(name: &str, settings: &Zookeeper) -> Value {
+    let Zookeeper { credentials, layout, root, servers, session_timeout } = settings;
+    let mut shown = json!({
+        "name": name,
+        "kind": "zookeeper",
+        "servers": servers,
+        "layout": layout.word(),
+        "root": root,
+        "session_timeout_ms": profile::millis(*session_timeout),
+    });
+    if let Some(Credentials { password_file, user }) = credentials {
+        shown["user"] = user.as_str().into();
+        shown["password_file"] = password_file.display().to_string().into();
+    }
     shown
 }
 
@@ -298,6 +317,8 @@ takeover:
   registries:
     - { name: main, kind: static, services: [{ name: "a:1", parameters: "v=1", endpoints: ["10.0.0.1:2", { addr: "10.0.0.2:2", weight: 1, zone: b }] }] }
     - { name: lab, kind: file, path: /tmp/services.yaml }
+    - { name: keeper, kind: zookeeper, servers: ["10.0.0.9:2181", "zk.example:2181"], layout: dubbo, root: /d, user: u, password_file: /p, session_timeout_ms: 5000 }
+  propagation_ms: 1000
   services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1" }]
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;

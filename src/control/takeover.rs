@@ -6,13 +6,13 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 
 use super::services::Services;
-use super::{RunError, checks};
+use super::{RunError, Running, checks};
 use crate::config::{Config, Takeover};
 use crate::service::{Balance, Endpoint, Manner, ServiceId};
 use crate::takeover::{Change, Desk, router};
@@ -67,22 +67,39 @@ impl Bound {
     }
 
     /// Works beside the caller, from now on.
-    pub(super) fn serve(self, services: &Arc<Services>, mark: Option<u32>) -> TakingOver {
+    pub(super) fn serve(self, running: &Arc<Running>, mark: Option<u32>) -> TakingOver {
         let Bound { config, listener, own_ports } = self;
         let manner = config.manner.clone();
         let desk = Arc::new(Mutex::new(Desk::new(config, own_ports)));
-        let taking_over = TakingOver { desk: Arc::clone(&desk), services: Arc::clone(services) };
+        let taking_over =
+            TakingOver { desk: Arc::clone(&desk), services: Arc::clone(&running.services) };
         tokio::spawn(axum::serve(listener, router(desk)).into_future());
         tokio::spawn(taking_over.clone().carry(manner));
-        tokio::spawn(taking_over.clone().watch(mark));
+        tokio::spawn(taking_over.clone().watch(Arc::downgrade(running), mark));
         taking_over
     }
 }
 
 impl TakingOver {
-    /// Nobody shall be sent here any more.
-    pub(super) fn withdraw(&self) {
-        self.lock().withdraw();
+    /// Nobody shall be sent here any more: registries forget this host, and who had heard of it
+    /// gets the time to hear that.
+    pub(super) async fn withdraw(self) {
+        let (withdrawn, propagation) = {
+            let mut desk = self.lock();
+            (desk.withdraw(), desk.propagation())
+        };
+        if withdrawn.is_empty() {
+            return;
+        }
+        let end = Instant::now() + WITHDRAW_WITHIN;
+        while withdrawn.iter().any(|service| self.lock().is_held(service)) {
+            if Instant::now() >= end {
+                tracing::warn!("a registry did not say that it has forgotten this host");
+                break;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        tokio::time::sleep(propagation).await;
     }
 
     async fn carry(self, manner: Manner) {
@@ -106,11 +123,16 @@ impl TakingOver {
         }
     }
 
-    /// Often until the application is there, then now and then.
-    async fn watch(self, mark: Option<u32>) {
+    /// Often until the application is there, then now and then. Nothing is known of it before every
+    /// worker accepts: nobody shall be sent to a listener that is not there yet.
+    async fn watch(self, running: Weak<Running>, mark: Option<u32>) {
+        let accepts = |running: Arc<Running>| running.accepting() == running.workers.len();
         let mut is_up = false;
         loop {
             tokio::time::sleep(if is_up { WATCH_EVERY } else { WAIT_EVERY }).await;
+            if !is_up && !running.upgrade().is_some_and(accepts) {
+                continue;
+            }
             let application = self.lock().application();
             let Some(addr) = application else { continue };
             is_up = checks::answers(addr, WATCH_EVERY, mark).await;
@@ -130,5 +152,7 @@ impl TakingOver {
 pub(super) const APPLICATION: &str = "takeover.inbound";
 /// Pushes that come closer than this are one change.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A registry that does not answer forgets by itself when the session ends.
+const WITHDRAW_WITHIN: Duration = Duration::from_secs(3);
 const WAIT_EVERY: Duration = Duration::from_millis(100);
 const WATCH_EVERY: Duration = Duration::from_secs(1);

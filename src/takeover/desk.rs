@@ -7,7 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
+use super::link::Remote;
+#[cfg(feature = "zookeeper")]
+use super::zookeeper;
 use super::{FileRegistry, FixedRegistry, Provider, Registry, Snapshot};
 use crate::config::{RegistryKind, Takeover, is_service_name};
 use crate::service::Endpoint;
@@ -20,6 +24,8 @@ pub struct Desk {
     /// What the table of services does not know yet.
     changes: Vec<Change>,
     health: Health,
+    /// Nothing is published any more.
+    is_leaving: bool,
     /// Of this weir: no application is there.
     own_ports: Vec<u16>,
     /// By service: what this host provides.
@@ -59,6 +65,9 @@ pub enum Refusal {
     /// A name that cannot be one.
     #[error("`{0}` is no name of a service")]
     Name(String),
+    /// This weir ends.
+    #[error("weir is about to end: publish again when it is back")]
+    Leaving,
     /// There is no address to publish.
     #[error("nothing can be published: set takeover.advertise to the address of this host")]
     NoAddress,
@@ -72,7 +81,6 @@ pub enum Refusal {
 
 #[derive(Clone, Debug)]
 struct Publication {
-    is_registered: bool,
     port: u16,
     provider: Provider,
 }
@@ -92,6 +100,13 @@ impl Desk {
             match &one.kind {
                 RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
                 RegistryKind::Static(services) => Box::new(FixedRegistry::new(&one.name, services)),
+                #[cfg(feature = "zookeeper")]
+                RegistryKind::Zookeeper(settings) => {
+                    let settings = settings.clone();
+                    Box::new(Remote::spawn(&one.name, |link| zookeeper::run(link, settings)))
+                }
+                #[cfg(not(feature = "zookeeper"))]
+                RegistryKind::Zookeeper(_) => Box::new(FixedRegistry::new(&one.name, &[])),
             }
         };
         let registries = config.registries.iter().map(registry).collect();
@@ -101,6 +116,7 @@ impl Desk {
             config,
             changes: Vec::new(),
             health: Health::default(),
+            is_leaving: false,
             own_ports,
             publications: BTreeMap::new(),
             registries,
@@ -136,6 +152,9 @@ impl Desk {
         parameters: &str,
     ) -> Result<(), Refusal> {
         self.check(service, self.publications.len(), self.publications.contains_key(service))?;
+        if self.is_leaving {
+            return Err(Refusal::Leaving);
+        }
         let advertise = self.config.advertise.ok_or(Refusal::NoAddress)?;
         let port = port.unwrap_or(self.config.app_port);
         if port == 0 || self.own_ports.contains(&port) {
@@ -158,7 +177,7 @@ impl Desk {
             self.health = Health::default();
             self.changes.push(Change::Application(app));
         }
-        let publication = Publication { is_registered: false, port, provider };
+        let publication = Publication { port, provider };
         self.publications.insert(service.to_owned(), publication);
         self.register();
         Ok(())
@@ -172,10 +191,19 @@ impl Desk {
         }
     }
 
-    /// Withdraws everything, before the end: nobody shall be sent here any more.
-    pub fn withdraw(&mut self) {
+    /// Withdraws everything, before the end: nobody shall be sent here any more. Says what
+    /// registries on the network have to forget.
+    pub fn withdraw(&mut self) -> Vec<String> {
+        self.is_leaving = true;
         let services: Vec<String> = self.publications.keys().cloned().collect();
         services.iter().for_each(|service| self.unpublish(service));
+        services.into_iter().filter(|service| self.is_held(service)).collect()
+    }
+
+    /// Some registry still holds what was published of `service`.
+    #[must_use]
+    pub fn is_held(&self, service: &str) -> bool {
+        self.registries.iter().any(|registry| registry.holds(service))
     }
 
     /// An application wants to call `service`; says how its providers are to be called, at our own
@@ -217,7 +245,13 @@ impl Desk {
 
     /// Every service that this host provides, and whether the registries know.
     pub fn published(&self) -> impl Iterator<Item = (&str, bool)> {
-        self.publications.iter().map(|(name, one)| (name.as_str(), one.is_registered))
+        self.publications.keys().map(|name| (name.as_str(), self.is_held(name)))
+    }
+
+    /// How long calls still arrive after registries have forgotten this host.
+    #[must_use]
+    pub fn propagation(&self) -> Duration {
+        self.config.propagation
     }
 
     /// Where the application listens, if it has published anything.
@@ -270,10 +304,10 @@ impl Desk {
                 let service = snapshot.service.clone();
                 let places = self.subscriptions.get_mut(&service);
                 let Some(place) = places.and_then(|places| places.get_mut(index)) else { continue };
-                if place.as_ref().is_none_or(|old| old.revision < snapshot.revision) {
-                    *place = Some(snapshot);
+                if place.as_ref().is_none_or(|old| old.providers != snapshot.providers) {
                     changed.insert(service);
                 }
+                *place = Some(snapshot);
             }
         }
         for name in changed {
@@ -297,7 +331,7 @@ impl Desk {
 
     /// Brings the registries in line with what is wanted and with how the application is.
     fn register(&mut self) {
-        for (service, publication) in &mut self.publications {
+        for (service, publication) in &self.publications {
             let mut is_taken = false;
             for registry in &mut self.registries {
                 if self.health.is_up {
@@ -309,7 +343,6 @@ impl Desk {
             if self.health.is_up && !is_taken {
                 tracing::warn!(service, "no registry takes publications");
             }
-            publication.is_registered = is_taken;
         }
         self.hear();
     }

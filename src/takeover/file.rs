@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::fixed::FixedRegistry;
-use super::{Provider, Registry, Snapshot};
+use super::{Provider, Registry, Snapshot, Standing};
 use crate::config::registry_file;
 
 /// A file with services.
@@ -75,6 +75,10 @@ impl Registry for FileRegistry {
         self.held.name()
     }
 
+    fn holds(&self, _service: &str) -> bool {
+        false
+    }
+
     fn news(&mut self) -> Vec<Snapshot> {
         if self.look_at <= Instant::now() {
             self.look();
@@ -84,6 +88,10 @@ impl Registry for FileRegistry {
 
     fn publish(&mut self, _service: &str, _provider: &Provider) -> bool {
         false
+    }
+
+    fn standing(&self) -> Standing {
+        Standing { is_connected: self.seen.is_some(), ..self.held.standing() }
     }
 
     fn unpublish(&mut self, _service: &str) {}

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Provider, Registry, Snapshot};
+use super::{Provider, Registry, Snapshot, Standing};
 use crate::config::Named;
 
 /// Services that the config names.
@@ -47,6 +47,10 @@ impl Registry for FixedRegistry {
         &self.name
     }
 
+    fn holds(&self, service: &str) -> bool {
+        self.local.contains_key(service)
+    }
+
     fn news(&mut self) -> Vec<Snapshot> {
         let changed = std::mem::take(&mut self.changed);
         let mut news = Vec::new();
@@ -71,6 +75,10 @@ impl Registry for FixedRegistry {
             self.changed.insert(service.to_owned());
         }
         true
+    }
+
+    fn standing(&self) -> Standing {
+        Standing { is_connected: true, snapshots: self.revision, ..Standing::default() }
     }
 
     fn unpublish(&mut self, service: &str) {

@@ -8,6 +8,7 @@ pub(crate) use self::net::{Cgroup, Net, Place, run, said};
 pub(crate) use self::program::Program;
 pub(crate) use self::weir::{Weir, config_file, weir};
 pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, receive, send};
+pub(crate) use self::zookeeper::Zookeeper;
 
 mod bpffs;
 mod net;
@@ -15,6 +16,7 @@ mod program;
 pub(crate) mod rig;
 mod weir;
 mod words;
+mod zookeeper;
 
 /// Waits until `is_so`; fails with `what` if it never is.
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {

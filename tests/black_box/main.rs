@@ -32,3 +32,4 @@ mod splice;
 mod takeover;
 mod tune;
 mod workloads;
+mod zookeeper;

@@ -10,14 +10,14 @@ use crate::harness::{
     Net, PATIENCE, Place, Weir, check, echo, expect_eof, expect_reset, send, until, weir,
 };
 
-const SERVICE: &str = "com.a.DemoService:1.0";
+pub(crate) const SERVICE: &str = "com.a.DemoService:1.0";
 /// The consumer's weir is in the node, the provider's in the server.
 const OUTBOUND: &str = "127.0.0.1:12220";
 const APP: &str = "127.0.0.1:20880";
 const PROVIDER: &str = "10.98.2.2:20881";
 
 /// Asks the application API as curl does it, in `place`.
-fn ask(net: &Net, place: Place, path: &str, body: Option<&Value>) -> Value {
+pub(crate) fn ask(net: &Net, place: Place, path: &str, body: Option<&Value>) -> Value {
     let url = format!("http://127.0.0.1:13330{path}");
     let mut words = vec!["curl", "-sS", "-H", "Content-Type: text/plain", &url];
     let text = body.map(Value::to_string);
@@ -27,7 +27,7 @@ fn ask(net: &Net, place: Place, path: &str, body: Option<&Value>) -> Value {
     serde_json::from_str(&net.run(place, &words)).unwrap()
 }
 
-fn service(port: Option<&str>) -> Value {
+pub(crate) fn service(port: Option<&str>) -> Value {
     let mut body = json!({
         "serviceName": SERVICE,
         "providerMetaInfo": { "protocol": "1", "version": "4.0", "serializeType": "hessian2", "appName": "app" },
@@ -39,7 +39,7 @@ fn service(port: Option<&str>) -> Value {
 }
 
 /// A Bolt request for `name`.
-fn bolt(name: &str) -> Vec<u8> {
+pub(crate) fn bolt(name: &str) -> Vec<u8> {
     let mut bytes = vec![1, 1, 0, 1, 1, 0, 0, 0, 7, 1, 0, 0, 0x0b, 0xb8, 0, 0];
     bytes.extend(u16::try_from(name.len() + 15).unwrap().to_be_bytes());
     bytes.extend([0, 0, 0, 5, 0, 0, 0, 7]);
@@ -51,7 +51,7 @@ fn bolt(name: &str) -> Vec<u8> {
 }
 
 /// Waits until the service has so many endpoints in this weir.
-fn await_endpoints(weir: &Weir, count: usize) {
+pub(crate) fn await_endpoints(weir: &Weir, count: usize) {
     until("the registry's word arrives", || {
         weir.endpoints().iter().filter(|(address, ..)| !address.starts_with("127.")).count()
             == count
@@ -151,7 +151,7 @@ fn exchange(mut client: TcpStream, listener: &TcpListener) {
 }
 
 /// The next connection, if one comes.
-fn accept(listener: &TcpListener) -> TcpStream {
+pub(crate) fn accept(listener: &TcpListener) -> TcpStream {
     let mut found = None;
     listener.set_nonblocking(true).unwrap();
     until("a connection comes", || {

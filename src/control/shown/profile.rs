@@ -81,7 +81,7 @@ fn word(mode: RelayMode) -> Option<&'static str> {
     RelayMode::WORDS.iter().find(|(_, known)| *known == mode).map(|(word, _)| *word)
 }
 
-fn millis(span: Duration) -> Value {
+pub(super) fn millis(span: Duration) -> Value {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX).into()
 }
 

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The registries of a config, and the file of a `file` registry.
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::service;
+use crate::service::Endpoint;
+use crate::yaml::{Mistakes, Section};
+
+/// Where services are kept.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Registry {
+    /// Which one.
+    pub kind: RegistryKind,
+    /// Unique; in logs and tables.
+    pub name: String,
+}
+
+/// A kind of registry, with what it needs.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum RegistryKind {
+    /// A YAML file, looked at again whenever it changes. Read only.
+    File(PathBuf),
+    /// In the config itself; what local applications publish is added while weir runs.
+    Static(Vec<Named>),
+    /// ZooKeeper.
+    Zookeeper(Zookeeper),
+}
+
+/// A ZooKeeper ensemble, and how services are written there.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Zookeeper {
+    /// Who we are there; everybody if not said.
+    pub credentials: Option<Credentials>,
+    /// How services are written.
+    pub layout: Layout,
+    /// Where they are written, without a slash at its end.
+    pub root: String,
+    /// At least one, with port.
+    pub servers: Vec<String>,
+    /// A weir that says nothing for so long is gone, and with it what it published.
+    pub session_timeout: Duration,
+}
+
+/// A name and where its password is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Credentials {
+    /// Its first line is the password; read at every connect, never shown.
+    pub password_file: PathBuf,
+    /// The name.
+    pub user: String,
+}
+
+/// How a registry's tree says which service lives where.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Layout {
+    /// As Dubbo writes it: `/dubbo/INTERFACE/providers/URL`.
+    Dubbo,
+    /// As SOFARPC writes it: `/sofa-rpc/INTERFACE/providers/URL`.
+    Sofa,
+}
+
+impl Layout {
+    /// The words of a config.
+    const WORDS: [(&str, Layout); 2] = [("dubbo", Layout::Dubbo), ("sofa", Layout::Sofa)];
+
+    /// The word of a config.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Layout::Dubbo => "dubbo",
+            Layout::Sofa => "sofa",
+        }
+    }
+
+    /// Where others who use this layout look.
+    #[must_use]
+    pub fn usual_root(self) -> &'static str {
+        match self {
+            Layout::Dubbo => "/dubbo",
+            Layout::Sofa => "/sofa-rpc",
+        }
+    }
+}
+
+/// A service as a static registry or a file holds it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Named {
+    /// Where it lives.
+    pub endpoints: Vec<Endpoint>,
+    /// As its registry calls it.
+    pub name: String,
+    /// What its consumers are told, as `v=4.0&p=1`.
+    pub parameters: String,
+}
+
+/// The services of a registry's file.
+///
+/// # Errors
+///
+/// Every mistake in the text.
+pub fn registry_file(file: &str, text: &str) -> Result<Vec<Named>, Mistakes> {
+    Section::document(file, text, named)
+}
+
+pub(super) fn registries(
+    section: &mut Section,
+    directory: Option<&Path>,
+    mistakes: &mut Mistakes,
+) -> Vec<Registry> {
+    let items = section.list("registries").unwrap_or_default();
+    let mut names = BTreeSet::new();
+    let mut registries = Vec::with_capacity(items.len());
+    for (index, item) in items.into_iter().enumerate() {
+        let (place, path) = (item.place, format!("takeover.registries[{index}]"));
+        let mut section = Section::open(Some(item), &path, mistakes);
+        let name = section.parsed::<String>("name", "a word", mistakes);
+        let name = name.unwrap_or_else(|| format!("registry-{index}"));
+        let word = section.word("kind", &KINDS, mistakes).unwrap_or(Kind::Static);
+        forbid(word, &section, mistakes);
+        let directory = directory.unwrap_or(Path::new(""));
+        let kind = match word {
+            Kind::File => file(&mut section, directory, mistakes),
+            Kind::Static => Some(RegistryKind::Static(named(&mut section, mistakes))),
+            Kind::Zookeeper => zookeeper(&mut section, directory, mistakes),
+        };
+        // Said already, where they do not belong.
+        let others = KEYS.iter().filter(|(_, kinds)| !kinds.contains(&word));
+        others.for_each(|(key, _)| drop(section.take(key)));
+        section.finish(mistakes);
+        if !names.insert(name.clone()) {
+            mistakes.add(place, &path, format!("the name {name} is taken"));
+        }
+        registries.extend(kind.map(|kind| Registry { kind, name }));
+    }
+    if registries.is_empty() && mistakes.is_empty() {
+        let kind = RegistryKind::Static(Vec::new());
+        registries.push(Registry { kind, name: "main".to_owned() });
+    }
+    registries
+}
+
+/// A key that another kind has is a mistake that can be explained.
+fn forbid(kind: Kind, section: &Section, mistakes: &mut Mistakes) {
+    for (key, kinds) in
+        KEYS.iter().filter(|(key, kinds)| section.has(key) && !kinds.contains(&kind))
+    {
+        let has =
+            |kind: &Kind| KINDS.iter().find(|(_, other)| other == kind).map(|(word, _)| *word);
+        let words: Vec<&str> = kinds.iter().filter_map(has).collect();
+        let text = format!("only a registry of kind {} has a `{key}`", words.join(" or "));
+        mistakes.add(section.place(), &section.path(key), text);
+    }
+}
+
+fn file(section: &mut Section, directory: &Path, mistakes: &mut Mistakes) -> Option<RegistryKind> {
+    let (place, path) = (section.place(), section.path("path"));
+    if !section.has("path") {
+        mistakes.add(place, &path, "a registry of kind file needs a `path`");
+    }
+    let file = section.parsed::<PathBuf>("path", "a path", mistakes)?;
+    Some(RegistryKind::File(directory.join(file)))
+}
+
+fn zookeeper(
+    section: &mut Section,
+    directory: &Path,
+    mistakes: &mut Mistakes,
+) -> Option<RegistryKind> {
+    if !cfg!(feature = "zookeeper") {
+        let text = "this weir was built without it (cargo feature `zookeeper`)";
+        mistakes.add(section.place(), &section.path("kind"), text);
+    }
+    let servers = servers(section, mistakes);
+    let layout = section.word("layout", &Layout::WORDS, mistakes).unwrap_or(Layout::Sofa);
+    let root = root(section, layout.usual_root(), mistakes);
+    let session = section.number("session_timeout_ms", SESSION_MS, mistakes);
+    let credentials = credentials(section, directory, mistakes);
+    let session_timeout = Duration::from_millis(session.unwrap_or(SESSION_MS_USUAL));
+    let registry = Zookeeper { credentials, layout, root, servers: servers?, session_timeout };
+    Some(RegistryKind::Zookeeper(registry))
+}
+
+fn servers(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<String>> {
+    let (place, path) = (section.place(), section.path("servers"));
+    let items = section.list("servers").unwrap_or_default();
+    if items.is_empty() {
+        mistakes.add(place, &path, "is missing: must be a list of `host:port`");
+    }
+    let mut servers = Vec::with_capacity(items.len());
+    for item in items {
+        let is_server = |text: &&str| {
+            let port = text
+                .rsplit_once(':')
+                .filter(|(host, _)| !host.is_empty() && !host.contains(['/', ',', ' ']));
+            port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|port| port > 0))
+        };
+        match item.text().filter(is_server) {
+            Some(text) => servers.push(text.to_owned()),
+            None => mistakes.add(item.place, &path, format!("{}must be `host:port`", item.said())),
+        }
+    }
+    (!servers.is_empty()).then_some(servers)
+}
+
+fn root(section: &mut Section, usual: &str, mistakes: &mut Mistakes) -> String {
+    let (place, path) = (section.place(), section.path("root"));
+    let root = section.parsed::<String>("root", "a path such as /dubbo", mistakes);
+    let root = root.unwrap_or_else(|| usual.to_owned());
+    let is_path = root.starts_with('/')
+        && root.split('/').skip(1).all(|part| is_service_name(part) && part != ".");
+    if !is_path {
+        mistakes.add(place, &path, format!("`{root}`: must be a path such as {usual}"));
+    }
+    root
+}
+
+fn credentials(
+    section: &mut Section,
+    directory: &Path,
+    mistakes: &mut Mistakes,
+) -> Option<Credentials> {
+    let place = section.place();
+    let user = section.parsed::<String>("user", "a name", mistakes);
+    let file = section.parsed::<PathBuf>("password_file", "a path", mistakes);
+    match (user, file) {
+        (Some(user), Some(file)) => Some(Credentials { password_file: directory.join(file), user }),
+        (None, None) => None,
+        _ => {
+            let text = "`user` and `password_file` belong together";
+            mistakes.add(place, &section.path("user"), text);
+            None
+        }
+    }
+}
+
+fn named(section: &mut Section, mistakes: &mut Mistakes) -> Vec<Named> {
+    let path = section.path("services");
+    let items = section.list("services").unwrap_or_default();
+    let mut found: Vec<Named> = Vec::with_capacity(items.len());
+    for item in items {
+        let place = item.place;
+        let mut section = Section::open(Some(item), &path, mistakes);
+        let name = service_name(&mut section, mistakes);
+        let parameters = section.parsed::<String>("parameters", "text as `v=4.0&p=1`", mistakes);
+        let endpoints = service::endpoints(&mut section, mistakes).unwrap_or_default();
+        section.finish(mistakes);
+        let Some(name) = name else { continue };
+        if found.iter().any(|other| other.name == name) {
+            mistakes.add(place, &path, format!("the service {name} is there twice"));
+        }
+        found.push(Named { endpoints, name, parameters: parameters.unwrap_or_default() });
+    }
+    found
+}
+
+pub(super) fn service_name(section: &mut Section, mistakes: &mut Mistakes) -> Option<String> {
+    let (place, path, is_there) = (section.place(), section.path("name"), section.has("name"));
+    let name = section.parsed::<String>("name", "a name", mistakes);
+    let is_right = name.as_deref().is_some_and(is_service_name);
+    if !is_there || (name.is_some() && !is_right) {
+        mistakes.add(place, &path, "must be a name of at most 512 letters, without `/` and spaces");
+    }
+    name.filter(|_| is_right)
+}
+
+/// A name that can stand in a registry's path, in a table and in a log.
+#[must_use]
+pub fn is_service_name(name: &str) -> bool {
+    let is_letter = |letter: char| !letter.is_control() && !letter.is_whitespace() && letter != '/';
+    !name.is_empty() && name.len() <= 512 && name.chars().all(is_letter) && name != ".."
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Kind {
+    File,
+    Static,
+    Zookeeper,
+}
+
+const KINDS: [(&str, Kind); 3] =
+    [("file", Kind::File), ("static", Kind::Static), ("zookeeper", Kind::Zookeeper)];
+/// Which kinds have a key.
+const KEYS: [(&str, &[Kind]); 8] = [
+    ("layout", &[Kind::Zookeeper]),
+    ("password_file", &[Kind::Zookeeper]),
+    ("path", &[Kind::File]),
+    ("root", &[Kind::Zookeeper]),
+    ("servers", &[Kind::Zookeeper]),
+    ("services", &[Kind::Static]),
+    ("session_timeout_ms", &[Kind::Zookeeper]),
+    ("user", &[Kind::Zookeeper]),
+];
+/// Servers usually allow 2 to 20 of their ticks, which is 4 to 40 s.
+const SESSION_MS: RangeInclusive<u64> = 1_000..=120_000;
+const SESSION_MS_USUAL: u64 = 10_000;

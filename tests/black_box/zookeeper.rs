@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Takeover with a real ZooKeeper: what it holds, when, and what its troubles do to calls.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::harness::{Net, Place, Weir, Zookeeper, until, weir};
+use crate::takeover::{SERVICE, accept, ask, await_endpoints, bolt, service};
+
+const ENSEMBLE: &str = "10.98.2.2:2181";
+/// The roles' ports in every description of this scheme.
+const APP: &str = "127.0.0.1:20880";
+const OUTBOUND: &str = "127.0.0.1:20882";
+
+/// The provider's weir, in the server.
+fn provider(net: &Net) -> Weir {
+    let config = format!(
+        "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
+         app_port: 20880\n  propagation_ms: 500\n  registries: [{REGISTRY}]"
+    );
+    Weir::run_as(net.command(Place::Server, weir()), &config)
+}
+
+/// The consumer's, in the node.
+fn consumer(net: &Net) -> Weir {
+    let config = format!(
+        "workers: 1\ntakeover: {{ outbound: \"{OUTBOUND}\", registries: [{REGISTRY}], services: [{{ name: \"{SERVICE}\" }}] }}"
+    );
+    Weir::run(net, &config)
+}
+
+const REGISTRY: &str = "{ name: main, kind: zookeeper, servers: [\"10.98.2.2:2181\"], layout: sofa, session_timeout_ms: 2000 }";
+
+/// Publishes with the provider's weir: the port is the application's own.
+fn publish(net: &Net) {
+    let answer = ask(net, Place::Server, "/services/publish", Some(&service(Some("20880"))));
+    assert_eq!(answer, json!({ "success": true, "errorMessage": "" }));
+}
+
+/// RS8, T1 to T5: with no registry at first, applications publish and subscribe; once it is there it
+/// holds the address of the provider's weir, never the application's own; a call crosses both weirs; a
+/// drain withdraws first and serves who still arrives.
+#[test]
+fn registry_holds_the_sidecar_and_never_the_application() {
+    let net = Net::new();
+    let mut zookeeper = Zookeeper::new(&net, Place::Server, ENSEMBLE);
+    let (mut provider, consumer) = (provider(&net), consumer(&net));
+    publish(&net);
+    let answer = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
+    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    zookeeper.start();
+    until("both have a session", || {
+        provider.log().contains("connected") && consumer.log().contains("connected")
+    });
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new(), "the application is not there yet");
+    let listener = net.listen(Place::Server, APP);
+    await_endpoints(&consumer, 1);
+    let [leaf] = &zookeeper.ephemerals()[..] else { panic!("one provider") };
+    let expected = "/sofa-rpc/com.a.DemoService/providers/bolt%3A%2F%2F10.98.2.2%3A20881%3F";
+    assert!(leaf.starts_with(expected), "{leaf}");
+    let told = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
+    let told = told["datas"][0].as_str().unwrap().to_owned();
+    assert!(told.starts_with("127.0.0.1:20882?") && told.contains("v=4.0"), "{told}");
+
+    let call = || {
+        let mut client = net.connect(Place::Node, OUTBOUND);
+        client.write_all(&bolt(SERVICE)).unwrap();
+        let mut received = vec![0; bolt(SERVICE).len()];
+        let mut server = loop {
+            let mut server = accept(&listener);
+            if server.read_exact(&mut received).is_ok() {
+                break server;
+            }
+        };
+        server.write_all(b"answer").unwrap();
+        let mut answer = [0; 6];
+        client.read_exact(&mut answer).unwrap();
+    };
+    call();
+    provider.signal(Signal::SIGTERM);
+    until("it is withdrawn", || zookeeper.ephemerals().is_empty());
+    let mut late = net.connect(Place::Node, "10.98.2.2:20881");
+    late.write_all(b"late").unwrap();
+    let mut server = accept(&listener);
+    server.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    let mut bytes = [0; 4];
+    while server.read_exact(&mut bytes).is_err() {
+        server = accept(&listener);
+    }
+    assert_eq!(&bytes, b"late", "who had not heard of it yet is served");
+    drop((server, late));
+    assert_eq!(provider.wait().code(), Some(0));
+    let history = zookeeper.history();
+    assert!(history.contains("20881") && !history.contains("20880"), "ever");
+    consumer.end(&net);
+}
+
+/// Takes connections at the application's port until the end of the process.
+fn application(net: &Net) {
+    let listener = net.listen(Place::Server, APP);
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+}
+
+/// Fails if it takes longer than `bound`.
+fn within(bound: Duration, what: &str, is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    until(what, is_so);
+    assert!(begin.elapsed() < bound, "{what}: {:?}", begin.elapsed());
+}
+
+/// RS8: whatever becomes of a session, the registry holds this host again within bounds, and a consumer
+/// of a registry that is gone goes on with what it knows.
+#[test]
+fn publication_outlives_lost_sessions_and_servers() {
+    let net = Net::new();
+    let mut zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let (provider, consumer) = (provider(&net), consumer(&net));
+    application(&net);
+    publish(&net);
+    await_endpoints(&consumer, 1);
+    let leaf = zookeeper.ephemerals();
+
+    // The session ends: a weir that is stopped says nothing for its two seconds.
+    provider.signal(Signal::SIGSTOP);
+    within(Duration::from_secs(6), "a silent weir is forgotten", || {
+        zookeeper.ephemerals().is_empty()
+    });
+    provider.signal(Signal::SIGCONT);
+    within(Duration::from_secs(6), "it registers again", || zookeeper.ephemerals() == leaf);
+    await_endpoints(&consumer, 1);
+
+    // Somebody takes the leaf away: weir looks every few seconds.
+    zookeeper.delete(&leaf[0]);
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+    within(Duration::from_secs(9), "it is there again", || zookeeper.ephemerals() == leaf);
+    await_endpoints(&consumer, 1);
+
+    // The registry is killed and comes back with what it knew; nobody loses an endpoint.
+    zookeeper.kill();
+    until("the consumer has noticed", || consumer.log().contains("the connection"));
+    await_endpoints(&consumer, 1);
+    zookeeper.start();
+    within(Duration::from_secs(12), "it is there", || zookeeper.ephemerals() == leaf);
+    await_endpoints(&consumer, 1);
+
+    // It comes back and knows nothing.
+    zookeeper.kill();
+    zookeeper.wipe();
+    zookeeper.start();
+    within(Duration::from_secs(15), "it registers with the new one", || {
+        zookeeper.ephemerals() == leaf
+    });
+    await_endpoints(&consumer, 1);
+
+    // It hangs: connections are taken and nothing is answered.
+    zookeeper.signal(Signal::SIGSTOP);
+    let answer = ask(&net, Place::Server, "/services/publish", Some(&service(Some("20880"))));
+    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    zookeeper.signal(Signal::SIGCONT);
+    within(Duration::from_secs(15), "it goes on", || zookeeper.ephemerals() == leaf);
+    let history = zookeeper.history();
+    assert!(history.contains("20881") && !history.contains("20880"), "ever");
+    consumer.end(&net);
+    provider.end(&net);
+}
+
+/// CR: killed and started again before its session has ended, it takes its own leaf over; the leaf is
+/// never gone, also when the old session ends.
+#[test]
+fn restarted_weir_takes_its_own_leaf_over() {
+    let net = Net::new();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let first = provider(&net);
+    application(&net);
+    publish(&net);
+    until("it is registered", || !zookeeper.ephemerals().is_empty());
+    let (leaf, owner) = (zookeeper.ephemerals(), zookeeper.owners());
+    first.kill();
+    let second = provider(&net);
+    publish(&net);
+    let is_there = || assert_eq!(zookeeper.ephemerals(), leaf, "never gone");
+    until("another session owns it", || {
+        is_there();
+        zookeeper.owners() != owner
+    });
+    let past_the_old_session = Instant::now() + Duration::from_secs(4);
+    until("the old session has ended", || {
+        is_there();
+        Instant::now() > past_the_old_session
+    });
+    second.end(&net);
+    until("it is withdrawn", || zookeeper.ephemerals().is_empty());
+}
