@@ -16,6 +16,7 @@ pub mod addr;
 pub mod capture;
 pub mod worker;
 
+pub mod exchange;
 pub mod flow;
 pub mod op;
 pub mod ring;

@@ -152,6 +152,57 @@ impl Denied {
     }
 }
 
+/// What became of a request on the shared outbound port: label `outcome` of `weir_requests_total`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Outcome {
+    /// Its service has answered.
+    Answered,
+    /// It could not be read.
+    Bad,
+    /// Its upstream was lost before the answer.
+    Broken,
+    /// No endpoint of its service could be reached.
+    NoEndpoint,
+    /// It was passed on, and wants no answer.
+    OneWay,
+    /// Too many upstreams at once for its connection.
+    Overload,
+    /// No answer came in time.
+    Timeout,
+    /// Its service is not known here.
+    UnknownService,
+}
+
+impl Outcome {
+    /// Every value, in the order of the discriminants.
+    pub const ALL: [Outcome; 8] = [
+        Outcome::Answered,
+        Outcome::Bad,
+        Outcome::Broken,
+        Outcome::NoEndpoint,
+        Outcome::OneWay,
+        Outcome::Overload,
+        Outcome::Timeout,
+        Outcome::UnknownService,
+    ];
+
+    /// The label value.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Outcome::Answered => "answered",
+            Outcome::Bad => "bad",
+            Outcome::Broken => "broken",
+            Outcome::NoEndpoint => "no_endpoint",
+            Outcome::OneWay => "one_way",
+            Outcome::Overload => "overload",
+            Outcome::Timeout => "timeout",
+            Outcome::UnknownService => "unknown_service",
+        }
+    }
+}
+
 /// One worker's counters. Shared with the control thread, which only reads.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -181,6 +232,8 @@ pub struct Counters {
     pub flows_opened: [Counter; Origin::ALL.len()],
     /// Times a direction changed its relay, by the one it took.
     pub relay_changes: [Counter; Relay::COUNT],
+    /// Requests of the shared outbound port, by what became of them.
+    pub requests: [Counter; Outcome::ALL.len()],
     /// `io_uring_enter` calls.
     pub ring_enters: Counter,
     /// Completions handled.

@@ -9,6 +9,8 @@ use std::io;
 pub use reason::CloseReason;
 pub use relay::{Fall, Joined, Relay};
 
+#[cfg(test)]
+pub(crate) mod random;
 mod reason;
 mod relay;
 

@@ -162,6 +162,9 @@ pub struct Timeouts {
     pub half_closed: Duration,
     /// No byte in either direction; zero for never.
     pub idle: Duration,
+    /// An answer to a request of the shared outbound port that does not say how long it waits; zero
+    /// for never.
+    pub request: Duration,
 }
 
 impl Profile {
@@ -226,6 +229,7 @@ impl Default for Profile {
                 drain: Duration::from_secs(30),
                 half_closed: Duration::from_secs(55),
                 idle: Duration::from_secs(3600),
+                request: Duration::from_secs(60),
             },
         }
     }

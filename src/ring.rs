@@ -299,6 +299,42 @@ impl Ring {
         self.headers.has_free()
     }
 
+    /// What was received; empty if no buffer reaches so far.
+    #[must_use]
+    pub fn bytes(&self, segment: Segment) -> &[u8] {
+        if segment.offset + segment.len > self.bytes_of(segment.buffer) {
+            return &[];
+        }
+        // SAFETY: so many bytes of the buffer are in one of our mappings, which live as long as the
+        // ring and were zeroed at first. The kernel fills only buffers that it was shown: this one is
+        // out with a flow, and comes home by `recycle`, which needs `self` for itself.
+        unsafe { std::slice::from_raw_parts(self.address(segment), segment.len as usize) }
+    }
+
+    /// Copies the bytes of `more` behind `last` in its buffer; false if they do not fit there. Nothing
+    /// else may be kept behind `last`.
+    pub fn append(&mut self, last: Segment, more: Segment) -> bool {
+        let end = last.offset + last.len;
+        let fits = end + more.len <= self.bytes_of(last.buffer)
+            && more.offset + more.len <= self.bytes_of(more.buffer)
+            && last.buffer != more.buffer;
+        if fits {
+            let (from, to) = (self.address(more), self.address(Segment { offset: end, ..last }));
+            // SAFETY: both ranges lie in their buffers, which are two, and both are out with a flow:
+            // the kernel reads of them only what it was told to send, which ends at `last`.
+            unsafe { to.cast_mut().copy_from_nonoverlapping(from, more.len as usize) };
+        }
+        fits
+    }
+
+    fn bytes_of(&self, buffer: BufferId) -> u32 {
+        [self.small.bytes_of(buffer), self.bulk.bytes_of(buffer), self.headers.bytes_of(buffer)]
+            .into_iter()
+            .flatten()
+            .next()
+            .unwrap_or(0)
+    }
+
     /// Buffers of a pool that nobody holds.
     #[must_use]
     pub fn free(&self, pool: Pool) -> u16 {

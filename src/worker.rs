@@ -32,6 +32,7 @@ use crate::sys::{process, socket};
 
 use accept::Listening;
 use breaker::Breaker;
+use exchanging::Exchanging;
 use mailbox::{Letter, Mailbox};
 use peek::Peeking;
 use slab::Slab;
@@ -41,10 +42,10 @@ use turn::{TimerTicks, Worker};
 use wheel::{Clock, Wheel};
 
 mod accept;
-mod attribution;
 mod breaker;
 mod change;
 mod destination;
+mod exchanging;
 mod loops;
 mod mailbox;
 mod peek;
@@ -434,6 +435,11 @@ impl Worker {
             breaker: Breaker::new(),
             clock: Clock::start(),
             drain_until: None,
+            exchanging: Exchanging::new(
+                &profile,
+                if listening.has_named() { flows_max } else { 0 },
+                headers,
+            ),
             forwarded: sockmap.map(|sockmap| Forwarded::new(sockmap, flows_max)),
             inside: setup.home.number,
             mailbox,

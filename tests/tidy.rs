@@ -143,7 +143,7 @@ fn links_of_the_docs_lead_somewhere() {
 }
 
 /// Who may use whom; leaves are allowed to everybody above them.
-const LAYERS: [(&str, &[&str]); 19] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("addr", &[]),
     ("bpf", &["op", "sys", "addr"]),
     ("capture", &["bpf", "sys", "addr"]),
@@ -156,6 +156,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
             "takeover", "addr", "bpf",
         ],
     ),
+    ("exchange", &["op", "profile", "metrics", "service", "wire"]),
     ("flow", &["op", "profile"]),
     ("log", &[]),
     ("metrics", &["op"]),
@@ -168,8 +169,8 @@ const LAYERS: [(&str, &[&str]); 19] = [
     (
         "worker",
         &[
-            "flow", "ring", "capture", "config", "profile", "metrics", "op", "addr", "sys",
-            "service", "wire", "bpf",
+            "exchange", "flow", "ring", "capture", "config", "profile", "metrics", "op", "addr",
+            "sys", "service", "wire", "bpf",
         ],
     ),
     ("takeover", &["wire", "service", "addr", "config"]),

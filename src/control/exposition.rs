@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 
 use super::tracking::Counts;
 use crate::capture::{Losses, Part};
-use crate::metrics::{Counter, Counters, Denied, Origin};
+use crate::metrics::{Counter, Counters, Denied, Origin, Outcome};
 use crate::op::{CloseReason, Fall, Relay};
 use crate::ring::Fallback;
 
@@ -87,6 +87,7 @@ impl Totals {
             bytes(&sum),
             relay_changes(&sum),
             denied(&sum),
+            requests(&sum),
         ];
         families.extend(SINGLE.map(|(name, help, pick)| Family {
             help,
@@ -221,6 +222,15 @@ fn listen_overflows(netstat: &str) -> Option<u64> {
     let (names, values) = (lines.next()?, lines.next()?);
     let index = names.split(' ').position(|name| name == "ListenOverflows")?;
     values.split(' ').nth(index)?.parse().ok()
+}
+
+fn requests(sum: &Sum<'_>) -> Family {
+    let series = Outcome::ALL.map(|outcome| {
+        let count = sum.of(|counters| &counters.requests[outcome as usize]);
+        (vec![("outcome", outcome.label())], count)
+    });
+    let help = "Requests of the shared outbound port, by what became of them";
+    Family { help, name: "requests", series: series.into() }
 }
 
 fn denied(sum: &Sum<'_>) -> Family {

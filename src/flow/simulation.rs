@@ -24,6 +24,7 @@
 use std::collections::VecDeque;
 
 use super::*;
+use crate::op::random::Random;
 use crate::op::{BufferId, Joined, Readiness};
 use kernel::Way;
 
@@ -32,22 +33,6 @@ mod kernel;
 const SEEDS: u64 = 40_000;
 const BUFFERS: u16 = 12;
 const BUFFER_BYTES: u64 = 16;
-
-/// xorshift64*: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
-    }
-
-    fn one_in(&mut self, chance: u64) -> bool {
-        chance > 0 && self.below(chance) == 0
-    }
-}
 
 /// One socket of the flow, as the outside world sees it.
 #[derive(Default)]
@@ -94,10 +79,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> World {
-        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
-        for _ in 0..4 {
-            random.below(2);
-        }
+        let mut random = Random::new(seed);
         let size = [1, 5, 60, 400][random.below(4) as usize];
         let peer = |random: &mut Random| Peer { will_send: random.below(size), ..Peer::default() };
         World {

@@ -27,6 +27,8 @@ pub enum CloseReason {
     IdleTimeout,
     /// We ran out of something: source ports, memory.
     LocalLimit,
+    /// What a side said breaks its protocol, and nobody knows where its next frame begins.
+    ProtocolError,
     /// The kernel lost the thread of what it forwards: reset, rather than go on with a hole.
     RelayBroken,
     /// The upstream sent RST, or its connection broke.
@@ -37,7 +39,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [CloseReason; 13] = [
+    pub const ALL: [CloseReason; 14] = [
         CloseReason::ConnectFailed,
         CloseReason::ConnectRefused,
         CloseReason::ConnectTimeout,
@@ -48,6 +50,7 @@ impl CloseReason {
         CloseReason::HalfClosedTimeout,
         CloseReason::IdleTimeout,
         CloseReason::LocalLimit,
+        CloseReason::ProtocolError,
         CloseReason::RelayBroken,
         CloseReason::UpstreamReset,
         CloseReason::WorkloadGone,
@@ -70,6 +73,7 @@ impl CloseReason {
             CloseReason::HalfClosedTimeout => "half_closed_timeout",
             CloseReason::IdleTimeout => "idle_timeout",
             CloseReason::LocalLimit => "local_limit",
+            CloseReason::ProtocolError => "protocol_error",
             CloseReason::RelayBroken => "relay_broken",
             CloseReason::UpstreamReset => "upstream_reset",
             CloseReason::WorkloadGone => "workload_gone",

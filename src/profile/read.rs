@@ -147,6 +147,8 @@ fn timeouts(mut section: Section, timeouts: &mut Timeouts, mistakes: &mut Mistak
         section.number("half_closed_ms", 10..=86_400_000, mistakes),
     );
     set_millis(&mut timeouts.idle, section.number("idle_ms", 0..=u64::from(u32::MAX), mistakes));
+    let request = section.number("request_ms", 0..=u64::from(u32::MAX), mistakes);
+    set_millis(&mut timeouts.request, request);
     section.finish(mistakes);
 }
 

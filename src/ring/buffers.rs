@@ -107,6 +107,11 @@ impl Buffers {
         (self.first..self.first + self.count).contains(&buffer.0)
     }
 
+    /// Its size, if it is this pool's.
+    pub(super) fn bytes_of(&self, buffer: BufferId) -> Option<u32> {
+        self.owns(buffer).then_some(self.bytes)
+    }
+
     /// The first byte of `buffer`, which must be this pool's.
     pub(super) fn address(&self, buffer: BufferId) -> *mut u8 {
         debug_assert!(self.owns(buffer));

@@ -56,6 +56,11 @@ impl Headers {
         (self.first..self.first + self.count).contains(&buffer.0)
     }
 
+    /// Its size, if it is a header.
+    pub(super) fn bytes_of(&self, buffer: BufferId) -> Option<u32> {
+        self.owns(buffer).then_some(HEADER_BYTES)
+    }
+
     /// The first byte of `buffer`, which must be a header.
     pub(super) fn address(&self, buffer: BufferId) -> *mut u8 {
         debug_assert!(self.owns(buffer));
@@ -67,6 +72,8 @@ impl Headers {
 /// The longest text of a PROXY header, version 1, is 107 bytes; a power of two keeps each header
 /// within two cache lines.
 pub(super) const HEADER_BYTES_MAX: usize = 128;
+const HEADER_BYTES: u32 = 128;
+const _: () = assert!(HEADER_BYTES as usize == HEADER_BYTES_MAX);
 
 #[cfg(test)]
 mod tests {

@@ -161,6 +161,18 @@ impl Picker {
         Some(Pick { addr: member.endpoint.addr, endpoint: member.id, is_last_resort })
     }
 
+    /// Whether an endpoint that was chosen before could be chosen now.
+    #[must_use]
+    pub fn is_in_use(&self, service: ServiceId, endpoint: EndpointId, now: Instant) -> bool {
+        let members = self.table.service(service).map_or(&[][..], Service::members);
+        let standing = self.standings.get(endpoint.slot as usize);
+        let is_ejected = standing.is_some_and(|standing| {
+            standing.generation == endpoint.generation && standing.is_ejected(now)
+        });
+        let member = members.iter().find(|member| member.id == endpoint);
+        !is_ejected && member.is_some_and(|member| member.is_healthy && member.endpoint.weight > 0)
+    }
+
     /// It could not be reached: out of use for a while, each time in a row for longer. True if
     /// it was in use until now.
     pub fn failed(&mut self, endpoint: EndpointId, now: Instant) -> bool {

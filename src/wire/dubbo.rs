@@ -11,6 +11,8 @@ use super::{Reader, Stop, hessian};
 pub struct Frame<'a> {
     /// From the first byte to the last.
     pub frame_len: u64,
+    /// It is no call, and answers none.
+    pub is_event: bool,
     /// What it is for.
     pub kind: Kind,
     /// Of the sender's choice; a response repeats it.
@@ -81,7 +83,8 @@ pub fn parse(bytes: &[u8]) -> Result<Frame<'_>, Stop> {
         _ => None,
     };
     let frame_len = HEADER_BYTES + u64::from(body_len);
-    Ok(Frame { frame_len, kind, request_id, serialization, service, status })
+    let is_event = flags & EVENT != 0;
+    Ok(Frame { frame_len, is_event, kind, request_id, serialization, service, status })
 }
 
 /// The first three strings: Dubbo's own version, the interface, the interface's version.

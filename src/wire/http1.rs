@@ -5,6 +5,12 @@
 
 use super::Stop;
 
+pub use answer::{Answer, parse_answer};
+pub use chunks::Chunks;
+
+mod answer;
+mod chunks;
+
 /// The head of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Head<'a> {
@@ -31,6 +37,8 @@ pub struct Head<'a> {
 pub enum Body {
     /// With a chunk of length 0 and a trailer.
     Chunked,
+    /// With the connection; only in answers.
+    End,
     /// After so many bytes.
     Length(u64),
 }
@@ -41,7 +49,7 @@ pub enum Body {
 ///
 /// Too few bytes, another protocol, or a head that two readers could understand differently.
 pub fn parse(bytes: &[u8]) -> Result<Head<'_>, Stop> {
-    let (line, mut at) = line(bytes, 0)?;
+    let (line, mut at) = line(bytes, 0, true)?;
     let mut words = line.split(|byte| *byte == b' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let is_http = words.next().is_some_and(|word| matches!(word, b"HTTP/1.1" | b"HTTP/1.0"));
@@ -50,7 +58,7 @@ pub fn parse(bytes: &[u8]) -> Result<Head<'_>, Stop> {
     }
     let mut seen = Seen::default();
     for _ in 0..HEADERS_MAX {
-        let (line, next) = self::line(bytes, at)?;
+        let (line, next) = self::line(bytes, at, false)?;
         at = next;
         if line.is_empty() {
             return seen.head(method, target, at);
@@ -73,13 +81,7 @@ struct Seen<'a> {
 
 impl<'a> Seen<'a> {
     fn header(&mut self, line: &'a [u8]) -> Result<(), Stop> {
-        let colon = line.iter().position(|byte| *byte == b':').ok_or(Stop::Bad("no colon"))?;
-        let (name, value) = line.split_at(colon);
-        let value = value.get(1..).unwrap_or_default().trim_ascii();
-        if !is_token(name) {
-            // Folded lines begin with a space, and a space before the colon hides a header.
-            return Err(Stop::Bad("not a header name"));
-        }
+        let (name, value) = named(line)?;
         let is = |other: &[u8]| name.eq_ignore_ascii_case(other);
         if is(b"host") {
             return only(&mut self.host, value);
@@ -122,6 +124,17 @@ impl<'a> Seen<'a> {
     }
 }
 
+/// A header's name and value.
+fn named(line: &[u8]) -> Result<(&[u8], &[u8]), Stop> {
+    let colon = line.iter().position(|byte| *byte == b':').ok_or(Stop::Bad("no colon"))?;
+    let (name, value) = line.split_at(colon);
+    if !is_token(name) {
+        // Folded lines begin with a space, and a space before the colon hides a header.
+        return Err(Stop::Bad("not a header name"));
+    }
+    Ok((name, value.get(1..).unwrap_or_default().trim_ascii()))
+}
+
 /// Takes what may be said once.
 fn only<T>(place: &mut Option<T>, value: T) -> Result<(), Stop> {
     match place.replace(value) {
@@ -130,11 +143,10 @@ fn only<T>(place: &mut Option<T>, value: T) -> Result<(), Stop> {
     }
 }
 
-/// The line that begins at `start`, and where the next one begins.
-fn line(bytes: &[u8], start: usize) -> Result<(&[u8], usize), Stop> {
+/// The line that begins at `start`, and where the next one begins. Where a method has not ended
+/// yet, it may be another protocol.
+fn line(bytes: &[u8], start: usize, mut is_method: bool) -> Result<(&[u8], usize), Stop> {
     let rest = bytes.get(start..).unwrap_or_default();
-    // Where no method has ended yet, it may be another protocol.
-    let mut is_method = start == 0;
     for (index, byte) in rest.iter().enumerate() {
         if start + index >= HEAD_BYTES_MAX {
             return Err(Stop::Bad("the head is too long"));

@@ -344,7 +344,7 @@ impl Worker {
         self.ring.lend_header(header.bytes())
     }
 
-    fn began(&mut self, listener: u16) {
+    pub(super) fn began(&mut self, listener: u16) {
         if let Some(state) = self.listening.states.get_mut(usize::from(listener)) {
             state.flows += 1;
         }

@@ -55,6 +55,7 @@ impl Worker {
     /// Timers that are set already run out by the new times.
     fn retime(&mut self, timeouts: &Timeouts) {
         self.ticks = TimerTicks::new(timeouts);
+        self.exchanging.retime(&self.setup.profile, timeouts);
         for slot in (0..self.slab.slots()).map(FlowId::new) {
             let Some(entry) = self.slab.entry(slot).filter(|entry| entry.flow.is_some()) else {
                 continue;

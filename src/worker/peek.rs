@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Connections whose service is named by what the client says first: they wait here until it is
-//! known, and become flows then.
+//! Connections that say first what they are: they wait here until it is known, and become flows or
+//! exchanges then.
 //!
-//! The bytes are only peeked at and stay in the socket: the flow reads them as if nobody had looked,
+//! The bytes are only peeked at and stay in the socket: they are read then as if nobody had looked,
 //! whatever its relay. A connection that waits holds a slot, so there are never more than flows.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use super::attribution::service_named;
 use super::turn::Worker;
 use super::wheel::Clock;
 use crate::addr::Downstream;
+use crate::exchange::{Guest, guest};
 use crate::metrics::Denied;
 use crate::op::{FlowId, Kind, Token};
 use crate::ring::Event;
 use crate::service::{ServiceId, Table, key_of};
 use crate::sys::socket;
 use crate::wire::Stop;
+use crate::wire::detect::Protocol;
 
 /// The connections that wait, by slot.
 pub(super) struct Peeking {
@@ -48,6 +49,8 @@ enum Look {
     Gone,
     /// It is for this one.
     Named(ServiceId),
+    /// Each of its requests says itself where it goes.
+    Requests(Protocol),
     /// More must come.
     Wait,
 }
@@ -79,7 +82,16 @@ impl Worker {
             Look::Gone => drop(self.stop_waiting(slot, None)),
             Look::Deny(why) => drop(self.stop_waiting(slot, Some(why))),
             Look::Named(service) => self.serve_named(slot, service),
+            Look::Requests(protocol) => self.serve_requests(slot, protocol),
         }
+    }
+
+    fn serve_requests(&mut self, slot: FlowId, protocol: Protocol) {
+        let Some(waiting) = self.peeking.leave(slot) else { return };
+        self.wheel.clear(slot.slot());
+        let Waiting { downstream, fd, listener, .. } = waiting;
+        let _ = socket::set_low_water(fd.as_fd(), 1);
+        self.begin_exchange(slot, fd, listener, downstream, protocol);
     }
 
     fn serve_named(&mut self, slot: FlowId, service: ServiceId) {
@@ -172,9 +184,12 @@ impl Peeking {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Look::Wait,
             Err(_) => return Look::Gone,
         };
-        match service_named(buffer.get(..len).unwrap_or_default(), table) {
-            Ok(Some(service)) => Look::Named(service),
-            Ok(None) | Err(Stop::Bad(_) | Stop::NotMine) => Look::Deny(Denied::UnknownService),
+        match guest(buffer.get(..len).unwrap_or_default(), table) {
+            Ok(Guest::Requests(protocol)) => Look::Requests(protocol),
+            Ok(Guest::Connection(Some(service))) => Look::Named(service),
+            Ok(Guest::Connection(None)) | Err(Stop::Bad(_) | Stop::NotMine) => {
+                Look::Deny(Denied::UnknownService)
+            }
             // Readable below the low-water mark: no more will come.
             Err(Stop::NeedMore(_)) if len < waiting.needed => Look::Deny(Denied::NoRequest),
             Err(Stop::NeedMore(needed)) if needed > PEEK_BYTES_MAX => {

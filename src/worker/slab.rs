@@ -25,12 +25,23 @@ pub(super) struct Slab {
 pub(super) struct Entry {
     pub(super) flow: Option<Flow>,
     pub(super) generation: u32,
+    /// What it is to an exchange; `None` for flows.
+    pub(super) part: Option<Part>,
     pub(super) peers: Peers,
     /// Dials made again from another port.
     pub(super) redials: u8,
     /// Sides that stand in the queue for buffers, one bit each.
     pub(super) queued_for_buffers: u8,
     pub(super) times: Times,
+}
+
+/// What a slot is to an exchange.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Part {
+    /// It is the exchange's own.
+    Head,
+    /// One more upstream of the exchange with this head.
+    Leg(FlowId),
 }
 
 /// Who a flow joins, and how it came.
@@ -95,6 +106,24 @@ impl Slab {
         peers: Peers,
         now: u32,
     ) -> Option<u32> {
+        let entry = self.occupy(slot, peers, now)?;
+        entry.flow = Some(flow);
+        Some(entry.generation)
+    }
+
+    /// Makes `slot` a part of an exchange; `None` as with a flow.
+    pub(super) fn claim_part(
+        &mut self,
+        slot: FlowId,
+        part: Part,
+        peers: Peers,
+        now: u32,
+    ) -> Option<()> {
+        self.occupy(slot, peers, now)?.part = Some(part);
+        Some(())
+    }
+
+    fn occupy(&mut self, slot: FlowId, peers: Peers, now: u32) -> Option<&mut Entry> {
         if slot.slot() >= self.flows_max {
             return None;
         }
@@ -102,15 +131,29 @@ impl Slab {
             self.entries.push(Entry::vacant(peers));
         }
         let entry = self.entries.get_mut(slot.index())?;
-        if entry.flow.is_some() {
+        if entry.flow.is_some() || entry.part.is_some() {
             return None;
         }
-        entry.flow = Some(flow);
         entry.peers = peers;
         entry.redials = 0;
         entry.times = Times { active: now, opened: now, ..Times::UNSET };
         self.occupied += 1;
-        Some(entry.generation)
+        Some(entry)
+    }
+
+    /// The exchange that the slot is a part of, by its head, if this life of it still goes on.
+    pub(super) fn head_of(&self, slot: FlowId, generation: u32) -> Option<FlowId> {
+        let entry =
+            self.entries.get(slot.index()).filter(|entry| entry.generation == generation)?;
+        match entry.part? {
+            Part::Head => Some(slot),
+            Part::Leg(head) => Some(head),
+        }
+    }
+
+    /// It is an exchange's own.
+    pub(super) fn is_head(&self, slot: FlowId) -> bool {
+        self.entries.get(slot.index()).is_some_and(|entry| entry.part == Some(Part::Head))
     }
 
     /// The slot's entry, if this life of it still goes on.
@@ -120,6 +163,10 @@ impl Slab {
             .filter(|entry| entry.generation == generation && entry.flow.is_some())
     }
 
+    pub(super) fn look(&self, slot: FlowId) -> Option<&Entry> {
+        self.entries.get(slot.index())
+    }
+
     pub(super) fn entry(&mut self, slot: FlowId) -> Option<&mut Entry> {
         self.entries.get_mut(slot.index())
     }
@@ -127,7 +174,7 @@ impl Slab {
     /// Ends this life of the slot.
     pub(super) fn release(&mut self, slot: FlowId) {
         let Some(entry) = self.entries.get_mut(slot.index()) else { return };
-        if entry.flow.take().is_some() {
+        if entry.flow.take().is_some() || entry.part.take().is_some() {
             entry.generation = entry.generation.wrapping_add(1);
             self.occupied -= 1;
             if self.free.capacity() > 0 {
@@ -159,6 +206,7 @@ impl Entry {
         Entry {
             flow: None,
             generation: 0,
+            part: None,
             peers,
             queued_for_buffers: 0,
             redials: 0,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::accept::Listening;
 use super::breaker::Breaker;
+use super::exchanging::Exchanging;
 use super::mailbox::{Letter, Mailbox};
 use super::peek::Peeking;
 use super::slab::{Entry, Peers, Slab, Times};
@@ -35,6 +36,7 @@ pub(super) struct Worker {
     pub(super) counters: Arc<Counters>,
     /// When draining: the tick at which what is left is reset.
     pub(super) drain_until: Option<u32>,
+    pub(super) exchanging: Exchanging,
     /// What the kernel forwards; `None` where it forwards nothing.
     pub(super) forwarded: Option<Forwarded>,
     /// The number of the place that this thread is in.
@@ -122,7 +124,12 @@ impl Worker {
             Some(Kind::Peek) => self.heard(event),
             Some(Kind::Mailbox | Kind::Quiet) | None => {}
             Some(kind) => {
-                if self.slab.living(flow, event.token.generation()).is_none() {
+                let generation = event.token.generation();
+                if let Some(head) = self.slab.head_of(flow, generation) {
+                    if let Some(completion) = completion(kind, event, &mut self.segments) {
+                        self.step_exchange(head, flow, completion);
+                    }
+                } else if self.slab.living(flow, generation).is_none() {
                     self.counters.completions_stale.add(1);
                     if let Some(buffer) = event.buffer {
                         self.segments.free(buffer);
@@ -288,7 +295,8 @@ impl Worker {
     }
 
     fn return_buffers(&mut self) {
-        while let Some(buffer) = self.segments.take_freed() {
+        while let Some(buffer) = self.segments.take_freed().or_else(|| self.exchanging.take_freed())
+        {
             self.ring.recycle(buffer);
         }
     }
@@ -303,8 +311,11 @@ impl Worker {
             let Some((slot, side)) = self.starved.pop_front() else { return };
             let Some(entry) = self.slab.entry(slot) else { continue };
             entry.leave_buffer_queue(side);
-            if entry.flow.is_some() {
+            let (is_flow, generation) = (entry.flow.is_some(), entry.generation);
+            if is_flow {
                 self.step(slot, Completion::BuffersFree(side));
+            } else if let Some(head) = self.slab.head_of(slot, generation) {
+                self.step_exchange(head, slot, Completion::BuffersFree(side));
             }
         }
     }
@@ -316,7 +327,7 @@ impl Worker {
         let is_over = |deadline: u32| deadline.wrapping_sub(now).cast_signed() <= 0;
         while let Some(slot) = self.wheel.expired(now) {
             let slot = FlowId::new(slot);
-            if self.is_given_up(slot) {
+            if self.is_given_up(slot) || self.is_alarmed(slot) {
                 continue;
             }
             // The kernel may have moved bytes that nobody has heard of.
@@ -347,6 +358,7 @@ impl Worker {
                     let until = self.clock.now().saturating_add(Clock::ticks(within));
                     self.drain_until = Some(self.drain_until.map_or(until, |at| at.min(until)));
                     self.stop_listening();
+                    self.drain_exchanges();
                 }
                 Letter::Endpoints(to) => {
                     // As with flows.
@@ -371,6 +383,7 @@ impl Worker {
 
     fn expel_all(&mut self) {
         self.give_up_waiting();
+        self.expel_exchanges();
         for slot in (0..self.slab.slots()).map(FlowId::new) {
             if self.slab.entry(slot).is_some_and(|entry| entry.flow.is_some()) {
                 self.step(slot, Completion::Expelled(CloseReason::Drained));
@@ -385,27 +398,27 @@ impl Worker {
             && self.listening.is_over()
     }
 
+    pub(super) fn row_id(&self, slot: FlowId, generation: u32) -> u64 {
+        u64::from(self.setup.index) << 56 | u64::from(slot.slot()) << 32 | u64::from(generation)
+    }
+
     fn rows(&self) -> Vec<FlowRow> {
         let now = self.clock.now();
-        self.slab
-            .iter()
-            .map(|(slot, entry, flow)| FlowRow {
-                age: Clock::span(now.wrapping_sub(entry.times.opened)),
-                bytes_to_downstream: flow.moved_bytes(Side::Upstream),
-                bytes_to_upstream: flow.moved_bytes(Side::Downstream),
-                downstream: entry.peers.downstream,
-                id: u64::from(self.setup.index) << 56
-                    | u64::from(slot.slot()) << 32
-                    | u64::from(entry.generation),
-                idle: Clock::span(now.wrapping_sub(entry.times.active)),
-                origin: self.listening.origin(entry.peers.listener),
-                original_dst: entry.peers.original_dst,
-                relay_to_downstream: flow.relay(Side::Upstream),
-                relay_to_upstream: flow.relay(Side::Downstream),
-                upstream: entry.peers.upstream,
-                workload: self.listening.workload(entry.peers.listener),
-            })
-            .collect()
+        let flows = self.slab.iter().map(|(slot, entry, flow)| FlowRow {
+            age: Clock::span(now.wrapping_sub(entry.times.opened)),
+            bytes_to_downstream: flow.moved_bytes(Side::Upstream),
+            bytes_to_upstream: flow.moved_bytes(Side::Downstream),
+            downstream: entry.peers.downstream,
+            id: self.row_id(slot, entry.generation),
+            idle: Clock::span(now.wrapping_sub(entry.times.active)),
+            origin: self.listening.origin(entry.peers.listener),
+            original_dst: entry.peers.original_dst,
+            relay_to_downstream: flow.relay(Side::Upstream),
+            relay_to_upstream: flow.relay(Side::Downstream),
+            upstream: entry.peers.upstream,
+            workload: self.listening.workload(entry.peers.listener),
+        });
+        flows.chain(self.exchange_rows()).collect()
     }
 }
 

@@ -25,6 +25,7 @@ mod redirect;
 mod relays;
 mod reload;
 mod ring;
+mod routing;
 mod rules;
 mod services;
 mod sockmap;

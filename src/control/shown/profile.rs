@@ -47,6 +47,7 @@ pub fn profile(profile: &Profile) -> Value {
             "connect_ms": millis(timeouts.connect),
             "half_closed_ms": millis(timeouts.half_closed),
             "idle_ms": millis(timeouts.idle),
+            "request_ms": millis(timeouts.request),
             "drain_ms": millis(timeouts.drain),
         },
         "limits": {

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Legs that break, answers that do not come in time, and who has to be told.
+
+use super::refusal::Failure;
+use super::speech::Reading;
+use super::{Exchange, Host, Means, NOWHERE};
+use crate::op::CloseReason;
+use crate::service::EndpointId;
+use crate::wire::detect::Protocol;
+
+impl Exchange {
+    /// A leg can go on no more. What it has not begun to send goes elsewhere, if that is possible; the
+    /// rest has failed.
+    pub(super) fn lose<H: Host>(
+        &mut self,
+        index: usize,
+        failure: Failure,
+        means: &mut Means<'_, H>,
+    ) -> Result<(), CloseReason> {
+        if self.floor == Some(index) {
+            return Err(CloseReason::UpstreamReset); // Half a frame cannot be taken back.
+        }
+        let is_amid = self.amid() == Some(index);
+        let Some(leg) = self.legs.get_mut(index) else { return Ok(()) };
+        let (was_dialling, sent) = (leg.is_dialling(), leg.sent);
+        // What is with the kernel just now counts as sent.
+        let is_known = !leg.socket.is_sending();
+        let may_redial = leg.may_redial() && failure != Failure::Timeout;
+        let endpoint = leg.endpoint;
+        let is_fresh = |asked: &super::Asked| {
+            asked.leg == index && asked.failure.is_none() && asked.starts_at >= sent
+        };
+        let first = self.asked.iter().find(|asked| is_fresh(asked)).map(|asked| asked.starts_at);
+        let holds = if was_dialling { Some(sent) } else { first.filter(|_| !is_amid && is_known) };
+        let Some(kept_from) = holds.filter(|_| may_redial) else {
+            if failure != Failure::Timeout {
+                self.note_broken(index, was_dialling, endpoint, means);
+            }
+            self.fail_leg(index, failure, means);
+            if let Some(leg) = self.legs.get_mut(index) {
+                leg.begin_close(false, means);
+            }
+            return Ok(());
+        };
+        self.note_broken(index, was_dialling, endpoint, means);
+        self.fail_if(index, failure, |asked| asked.starts_at < kept_from, means);
+        self.callbacks.retain(|(_, leg)| *leg != index);
+        if let Some(leg) = self.legs.get_mut(index) {
+            let gone = u32::try_from(kept_from - leg.sent).unwrap_or(u32::MAX);
+            means.pieces.advance(&mut leg.socket.outbox, gone);
+            (leg.sent, leg.reading, leg.says) = (kept_from, Reading::Between, false);
+            leg.begin_close(true, means);
+        }
+        Ok(())
+    }
+
+    /// An upstream that broke with requests in its hands is out of use for a while.
+    fn note_broken<H: Host>(
+        &mut self,
+        index: usize,
+        was_dialling: bool,
+        endpoint: EndpointId,
+        means: &mut Means<'_, H>,
+    ) {
+        let is_owed = |asked: &super::Asked| asked.leg == index && asked.failure.is_none();
+        if !was_dialling
+            && self.asked.iter().any(is_owed)
+            && means.picker.failed(endpoint, means.instant)
+        {
+            means.host.ejected();
+        }
+    }
+
+    /// Nothing that this leg has got will be answered.
+    pub(super) fn fail_leg<H: Host>(
+        &mut self,
+        index: usize,
+        failure: Failure,
+        means: &mut Means<'_, H>,
+    ) {
+        self.fail_if(index, failure, |_| true, means);
+        self.callbacks.retain(|(_, leg)| *leg != index);
+        if self.to == Some(index) {
+            self.to = None;
+        }
+    }
+
+    fn fail_if<H: Host>(
+        &mut self,
+        index: usize,
+        failure: Failure,
+        has_failed: impl Fn(&super::Asked) -> bool,
+        means: &mut Means<'_, H>,
+    ) {
+        let mut failed = 0;
+        for asked in &mut self.asked {
+            if asked.leg == index && asked.failure.is_none() && has_failed(asked) {
+                (asked.failure, asked.leg) = (Some(failure), NOWHERE);
+                failed += 1;
+                means.picker.ended(std::mem::replace(&mut asked.endpoint, EndpointId::NONE));
+                // Whether the connection turns into something else is decided now.
+                self.is_held &= !asked.mark.may_open;
+            }
+        }
+        self.failures += failed;
+        if let Some(leg) = self.legs.get_any(index) {
+            leg.waiting = leg.waiting.saturating_sub(u32::try_from(failed).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// Looks at everything that has a time, and says when the next look is due.
+    pub(super) fn expire<H: Host>(&mut self, means: &mut Means<'_, H>) -> Result<(), CloseReason> {
+        let now = means.now;
+        let is_over = |at: u32| at.wrapping_sub(now).cast_signed() <= 0;
+        self.expire_requests(is_over, means)?;
+        self.expire_legs(is_over, means)?;
+        let hanging = self.hanging.map(|since| since.wrapping_add(means.rules.head));
+        let idle = means.rules.idle.map(|idle| self.active.wrapping_add(idle));
+        if hanging.is_some_and(is_over) || idle.is_some_and(is_over) {
+            return Err(CloseReason::IdleTimeout);
+        }
+        // Half a frame keeps everybody waiting. HTTP's answers may take their time: they wait anyway.
+        let stalled = self.floor_since().zip(means.rules.request);
+        let stalled = stalled.map(|(since, span)| since.wrapping_add(span));
+        if stalled.is_some_and(is_over) {
+            return Err(CloseReason::UpstreamReset);
+        }
+        self.alarm = None;
+        let asked = self.asked.iter().filter(|asked| asked.failure.is_none());
+        let asked = asked.filter_map(|asked| asked.due).min_by_key(|due| due.wrapping_sub(now));
+        [hanging, idle, stalled, asked].into_iter().flatten().for_each(|at| self.set_alarm(at));
+        for index in 0..self.legs.len() {
+            let Some(leg) = self.legs.get_mut(index) else { continue };
+            let idle = leg.used_at.wrapping_add(means.rules.leg_idle);
+            let at = if leg.is_dialling() { leg.due() } else { idle };
+            if !is_over(at) {
+                self.set_alarm(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// When the leg whose frame is on its way has last said something.
+    fn floor_since(&mut self) -> Option<u32> {
+        let leg = self.floor.filter(|_| self.protocol != Protocol::Http1)?;
+        self.legs.get_mut(leg).map(|leg| leg.used_at)
+    }
+
+    fn expire_requests<H: Host>(
+        &mut self,
+        is_over: impl Fn(u32) -> bool,
+        means: &mut Means<'_, H>,
+    ) -> Result<(), CloseReason> {
+        for at in 0..self.asked.len() {
+            let Some(asked) = self.asked.get_mut(at) else { break };
+            if asked.failure.is_some() || !asked.due.is_some_and(&is_over) {
+                continue;
+            }
+            let (index, mark) = (asked.leg, asked.mark);
+            let endpoint = asked.endpoint;
+            let Some(leg) = self.legs.get_any(index) else { continue };
+            leg.timeouts = leg.timeouts.saturating_add(1);
+            if leg.timeouts >= TIMEOUTS_MAX && means.picker.failed(endpoint, means.instant) {
+                means.host.ejected();
+            }
+            if self.protocol == Protocol::Http1 {
+                // Its answer could come any time, in the place of the next one.
+                self.lose(index, Failure::Timeout, means)?;
+                continue;
+            }
+            self.fail_if(index, Failure::Timeout, |asked| asked.mark == mark, means);
+        }
+        Ok(())
+    }
+
+    fn expire_legs<H: Host>(
+        &mut self,
+        is_over: impl Fn(u32) -> bool,
+        means: &mut Means<'_, H>,
+    ) -> Result<(), CloseReason> {
+        for index in 0..self.legs.len() {
+            let is_amid = self.amid() == Some(index);
+            let Some(leg) = self.legs.get_mut(index) else { continue };
+            let is_unused = is_over(leg.used_at.wrapping_add(means.rules.leg_idle));
+            if leg.is_dialling() && is_over(leg.due()) {
+                if means.picker.failed(leg.endpoint, means.instant) {
+                    means.host.ejected();
+                }
+                self.lose(index, Failure::NoEndpoint, means)?;
+            } else if leg.is_open() && leg.is_idle() && is_unused && !is_amid {
+                leg.begin_close(false, means);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// So many answers in a row that do not come in time put an endpoint out of use.
+const TIMEOUTS_MAX: u8 = 3;
