@@ -82,7 +82,13 @@ struct Cell {
 #[derive(Deserialize)]
 struct Round {
     figures: BTreeMap<String, f64>,
+    number: u32,
+    #[serde(default)]
+    was_disturbed: bool,
 }
+
+/// A figure by the number of its round: those of one round were measured side by side.
+type Values = BTreeMap<u32, f64>;
 
 /// Reads a result and judges it.
 ///
@@ -130,17 +136,17 @@ fn verdict(
     workload: &str,
 ) -> Option<Verdict> {
     let cells = comparison.cells.iter().filter(|cell| cell.workload == workload);
-    let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut values: BTreeMap<&str, Values> = BTreeMap::new();
     let mut compared = ("", true);
     for cell in cells {
         let Some(profile) = profiles.get(cell.target.as_str()) else { continue };
         compared = figure(cell);
-        let rounds = cell.rounds.iter().filter_map(|round| round.figures.get(compared.0));
-        values.entry(profile).or_default().extend(rounds);
+        let value = |round: &&Round| Some((round.number, *round.figures.get(compared.0)?));
+        values.entry(profile).or_default().extend(counted(cell).iter().filter_map(value));
     }
     let (name, more_is_better) = compared;
     let base = values.get(DEFAULT)?;
-    let gain = |of: &[f64], to: &[f64]| gains(of, to, more_is_better);
+    let gain = |of: &Values, to: &Values| gains(of, to, more_is_better);
     let gains: BTreeMap<String, f64> = values
         .iter()
         .map(|(profile, values)| ((*profile).to_owned(), median(gain(values, base))))
@@ -162,6 +168,12 @@ fn verdict(
     })
 }
 
+/// The rounds that were not disturbed, if there are enough to tell.
+fn counted(cell: &Cell) -> Vec<&Round> {
+    let calm: Vec<&Round> = cell.rounds.iter().filter(|round| !round.was_disturbed).collect();
+    if calm.len() >= CALM_MIN { calm } else { cell.rounds.iter().collect() }
+}
+
 /// What a workload is about, and whether more of it is better.
 fn figure(cell: &Cell) -> (&'static str, bool) {
     match cell.unit.as_str() {
@@ -175,8 +187,9 @@ fn figure(cell: &Cell) -> (&'static str, bool) {
 }
 
 /// Round by round, how many times better.
-fn gains(of: &[f64], to: &[f64], more_is_better: bool) -> Vec<f64> {
-    let pairs = of.iter().zip(to).filter(|(of, to)| **of > 0.0 && **to > 0.0);
+fn gains(of: &Values, to: &Values, more_is_better: bool) -> Vec<f64> {
+    let pairs = of.iter().filter_map(|(round, of)| Some((*of, *to.get(round)?)));
+    let pairs = pairs.filter(|(of, to)| *of > 0.0 && *to > 0.0);
     pairs.map(|(of, to)| if more_is_better { of / to } else { to / of }).collect()
 }
 
@@ -192,6 +205,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(1.0)
 }
 
+/// Fewer calm rounds than this say less than all of them.
+const CALM_MIN: usize = 2;
 /// What others are compared with, and what is taken where nothing speaks for another.
 const DEFAULT: &str = "balanced";
 /// Less than this is within what two runs of the same differ by.
@@ -226,8 +241,9 @@ mod tests {
         }
         for Measured { workload, figure, profiles } in all {
             for (profile, values) in *profiles {
-                let rounds: Vec<_> =
-                    values.iter().map(|value| json!({ "figures": { *figure: value } })).collect();
+                let round =
+                    |(number, value)| json!({ "figures": { *figure: value }, "number": number });
+                let rounds: Vec<_> = (1..).zip(values).map(round).collect();
                 made["cells"].as_array_mut().unwrap().push(json!({
                     "target": format!("forward/{profile}"),
                     "workload": workload,
@@ -257,6 +273,15 @@ mod tests {
         let near = [("balanced", [100.0, 100.0, 100.0]), ("latency", [102.0, 103.0, 101.0])];
         let judged = judge(&result(&[measured("pingpong-64", "per_second", &near)])).unwrap();
         assert_eq!(judged.profile, "balanced", "too little to matter");
+    }
+
+    #[test]
+    fn disturbed_rounds_do_not_decide() {
+        let faster = [("balanced", [90.0, 92.0, 30.0]), ("latency", [52.0, 50.0, 55.0])];
+        let mut result = result(&[measured("pingpong-1", "p50_us", &faster)]);
+        let balanced = result.cells.iter_mut().find(|cell| cell.target == "forward/balanced");
+        balanced.unwrap().rounds[2].was_disturbed = true;
+        assert_eq!(judge(&result).unwrap().profile, "latency");
     }
 
     #[test]
