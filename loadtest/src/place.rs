@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, setns};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
 
 /// Moves this thread: sockets that it makes from now on belong to that namespace.
@@ -29,6 +30,13 @@ pub(crate) fn pin(cpu: usize) -> Result<()> {
     set.set(cpu).with_context(|| format!("--cpu {cpu} is not a CPU number"))?;
     sched_setaffinity(Pid::from_raw(0), &set)
         .with_context(|| format!("run on CPU {cpu} (allowed: {:?})", allowed_cpus()))
+}
+
+/// As many descriptors as this process may have, from now on: no table of a ring may be larger.
+pub(crate) fn descriptors_max() -> u32 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
+    let most = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
+    u32::try_from(most).unwrap_or(u32::MAX)
 }
 
 /// The CPUs that this process may use.

@@ -111,16 +111,17 @@ impl Server {
         let listener =
             listen(arguments).with_context(|| format!("listen on {}", arguments.listen))?;
         ensure!(arguments.size <= SIZE_MAX, "--size must be at most {SIZE_MAX}");
+        let places = place::descriptors_max().min(PLACES_MAX);
         let outgoing = match arguments.kind {
             Kind::Http => http::answer(arguments.size),
-            _ if arguments.check => vec![0; CHECKED_BYTES * PLACES as usize],
+            _ if arguments.check => vec![0; CHECKED_BYTES * places as usize],
             _ => vec![b'Z'; SOURCE_BYTES],
         };
         let mut server = Server {
             arguments: arguments.clone(),
-            connections: (0..PLACES).map(|_| Connection::new()).collect(),
+            connections: (0..places).map(|_| Connection::new()).collect(),
             due: BinaryHeap::new(),
-            engine: Engine::open(arguments.listen, outgoing, arguments.size, PLACES)?,
+            engine: Engine::open(arguments.listen, outgoing, arguments.size, places)?,
             events: Vec::new(),
             listener,
             starved: Vec::new(),
@@ -385,12 +386,12 @@ fn rate(bytes: u64) -> f64 {
     bytes.max(1) as f64
 }
 
-/// Words of one send, each connection's own: 256 MB of addresses, memory as far as used.
+/// Words of one send, each connection's own: 512 MB of addresses at most, memory as far as used.
 const CHECKED_BYTES: usize = 16 << 10;
 /// So often somebody looks whether there is something else to do.
 const PATIENCE: Duration = Duration::from_millis(10);
-/// Connections at a time; a process here may have 20,000 descriptors.
-const PLACES: u32 = 16_384;
+/// Connections at a time, if the process may have as many descriptors.
+const PLACES_MAX: u32 = 32_768;
 const SIZE_MAX: usize = 16 << 20;
 /// One send of a source.
 const SOURCE_BYTES: usize = 256 << 10;

@@ -5,10 +5,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
-use crate::place::allowed_cpus;
+use crate::place::{allowed_cpus, descriptors_max};
 use crate::watch::{Memory, Watch};
 
 /// What it is, and how it is set.
@@ -20,7 +19,7 @@ pub(crate) struct Machine {
     pub(crate) congestion: [String; 2],
     pub(crate) cpu_model: String,
     pub(crate) cpus_allowed: Vec<usize>,
-    pub(crate) descriptors_max: u64,
+    pub(crate) descriptors_max: u32,
     pub(crate) forwarder_cpu: usize,
     pub(crate) generator_cpu: usize,
     pub(crate) governor: String,
@@ -49,7 +48,7 @@ impl Machine {
             congestion: [proc("sys/net/ipv4/tcp_congestion_control"), congestion.to_owned()],
             cpu_model: model.unwrap_or_default().trim_start_matches([' ', '\t', ':']).to_owned(),
             cpus_allowed: allowed_cpus(),
-            descriptors_max: raise_descriptors(),
+            descriptors_max: descriptors_max(),
             forwarder_cpu,
             generator_cpu,
             governor: read(&governor),
@@ -126,17 +125,8 @@ fn others_cpu() -> f64 {
     let (begin, began) = (watch.read(), Instant::now());
     std::thread::sleep(LOOK);
     let (end, took) = (watch.read(), began.elapsed());
-    let others = watch.difference(&begin, &end, Memory::default());
+    let others = watch.difference(&begin, &end, &Memory::default());
     others.map_or(0.0, |watched| watched.others_seconds / took.as_secs_f64())
-}
-
-/// As many descriptors as we may have.
-fn raise_descriptors() -> u64 {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
-    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    }
 }
 
 fn read(path: &str) -> String {

@@ -25,6 +25,8 @@ use crate::{http, words};
 pub(super) struct Client<'a> {
     arguments: &'a Run,
     asked: u64,
+    /// Slots that have been told to connect, the first ones.
+    begun: usize,
     counted_bytes: bool,
     /// Slots that will do something at their time.
     due: BinaryHeap<Reverse<(Instant, usize)>>,
@@ -57,6 +59,7 @@ struct Slot {
     received: u64,
     seed: u64,
     sent: u64,
+    /// Of one that does not stay; of others the ring's table has the only one.
     socket: Option<Socket>,
     stands: bool,
     /// An answer is due.
@@ -89,6 +92,7 @@ impl<'a> Client<'a> {
         let mut client = Client {
             arguments,
             asked: 0,
+            begun: 0,
             counted_bytes: arguments.kind != Kind::Upload,
             due: BinaryHeap::new(),
             engine: Engine::open(arguments.to, outgoing, message, places)?,
@@ -96,7 +100,7 @@ impl<'a> Client<'a> {
             idle_spin: Duration::ZERO,
             now,
             pace: arguments.rate.map(|rate| Pace::new(rate, now)),
-            recorder: Recorder::new()?,
+            recorder: Recorder::new(&arguments.watch_cpu)?,
             server,
             slots: Vec::new(),
             stride,
@@ -104,9 +108,22 @@ impl<'a> Client<'a> {
         };
         for index in 0..arguments.connections {
             client.slots.push(Slot::new(arguments.seed + index as u64, now));
-            client.rest(index)?;
         }
+        client.begin_some()?;
         Ok(client)
+    }
+
+    /// Not all at once: a listener's queue is shorter than thousands of connects.
+    fn begin_some(&mut self) -> Result<()> {
+        if self.begun == self.slots.len() {
+            return Ok(());
+        }
+        let most = self.standing() + CONNECTS_AT_ONCE;
+        while self.begun < self.slots.len().min(most) {
+            self.begun += 1;
+            self.rest(self.begun - 1)?;
+        }
+        Ok(())
     }
 
     /// Waits until all stand, warms up, measures.
@@ -162,6 +179,7 @@ impl<'a> Client<'a> {
             self.take(*event)?;
         }
         self.wake()?;
+        self.begin_some()?;
         self.keep_pace()?;
         self.recorder.tick(self.now);
         if self.now >= self.sweep_at {
@@ -223,7 +241,10 @@ impl<'a> Client<'a> {
         if arguments.reset {
             socket.set_linger(Some(Duration::ZERO))?;
         }
-        if !arguments.kind.is_short() {
+        let mut socket = Some(socket);
+        if !arguments.kind.is_short()
+            && let Some(socket) = socket.take()
+        {
             self.engine.adopt(index, socket.as_raw_fd())?;
         }
         let old = &self.slots[index];
@@ -231,7 +252,7 @@ impl<'a> Client<'a> {
             exchanges_left: if arguments.churn == 0 { u32::MAX } else { arguments.churn },
             in_flight: 1,
             is_idle: old.is_idle,
-            socket: Some(socket),
+            socket,
             waits: true,
             ..Slot::new(old.seed + arguments.connections as u64, began)
         };
@@ -239,7 +260,8 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// Sockets that stay have a place in the table; for others it would cost a syscall each.
+    /// Sockets that stay have a place in the table, and no descriptor, of which there may be fewer;
+    /// for others a place would cost a syscall each.
     fn socket(&self, index: usize) -> engine::Socket {
         if !self.arguments.kind.is_short() {
             return engine::Socket::Place(index);
@@ -427,9 +449,14 @@ impl<'a> Client<'a> {
         slot.closing = true;
         slot.stands = false;
         slot.waits = false;
-        if let Some(socket) = slot.socket.as_ref().filter(|_| slot.in_flight > 0) {
-            // Wakes what is in flight, so that the socket can be closed for good.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+        // Wakes what is in flight, so that the socket can be closed for good.
+        match &slot.socket {
+            _ if slot.in_flight == 0 => {}
+            Some(socket) => drop(socket.shutdown(std::net::Shutdown::Both)),
+            None => {
+                slot.in_flight += 1;
+                self.engine.abort(index);
+            }
         }
         self.replace(index)
     }
@@ -519,6 +546,8 @@ impl Slot {
     }
 }
 
+/// Connects under way while the first connections are made.
+const CONNECTS_AT_ONCE: usize = 512;
 /// Above the time that a halted CPU takes to wake.
 const AWAKE_BEFORE: Duration = Duration::from_micros(100);
 /// To look in vain takes less; what took longer was somebody else's turn on the CPU.
