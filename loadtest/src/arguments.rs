@@ -145,6 +145,9 @@ pub(crate) struct Run {
     /// Tell what this weir counts, too: its admin socket
     #[arg(long, value_name = "PATH")]
     pub(crate) watch_socket: Option<PathBuf>,
+    /// Tell the stretches in which a hypervisor gave one of these CPUs to others
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) watch_cpu: Vec<usize>,
     /// How to print the outcome
     #[arg(short, long, value_enum, default_value = "table")]
     pub(crate) output: Output,
@@ -205,7 +208,7 @@ pub(crate) struct Compare {
     #[arg(value_name = "OLD.json NEW.json", num_args = 0..=2)]
     pub(crate) results: Vec<PathBuf>,
     /// direct, forward, inbound-tproxy, inbound-redirect, outbound-connect, outbound-tproxy,
-    /// outbound-redirect; or all, none
+    /// outbound-redirect, takeover; or all, none
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) modes: Vec<String>,
     /// How weir moves bytes: auto, copy, splice, sockmap; or all
@@ -214,6 +217,9 @@ pub(crate) struct Compare {
     /// Profiles of weir: balanced, latency, many-flows, throughput; or all
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) profiles: Vec<String>,
+    /// Workers of weir, each on a CPU of its own as far as there are: 1, or several as 1,2
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) workers: Vec<u32>,
     /// Other forwarders: haproxy, haproxy-splice, nginx, envoy, tokio, tokio-uring; or all, none
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) peers: Vec<String>,
@@ -245,6 +251,10 @@ pub(crate) struct Compare {
     /// CPU of the forwarder
     #[arg(long, value_name = "NUMBER")]
     pub(crate) forwarder_cpu: Option<usize>,
+    /// Connection tracking is on where the forwarders are, as other people's rules leave it on most
+    /// nodes of a mesh
+    #[arg(long)]
+    pub(crate) tracking: bool,
     /// Congestion control in the namespaces
     #[arg(long, value_name = "NAME", default_value = "reno")]
     pub(crate) congestion: String,

@@ -2,7 +2,7 @@
 //! `compare`: builds a lab, runs the matrix, keeps and shows what it found.
 
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail, ensure};
 
@@ -12,11 +12,14 @@ use crate::{Exit, place, print, signals};
 
 use lab::Lab;
 use machine::Machine;
-use matrix::{Plan, REPEATS_PART, WARMUP_SECONDS};
+use matrix::{Plan, WARMUP_SECONDS};
 use programs::{Common, Started};
 use result::Comparison;
-use select::{Selection, Target, Way};
+use select::{Asked, Selection, Target, Way};
 
+mod difference;
+mod distance;
+mod figures;
 mod lab;
 mod machine;
 mod matrix;
@@ -25,6 +28,7 @@ pub(crate) mod result;
 mod select;
 pub(crate) mod shown;
 pub(crate) mod statistics;
+mod tracking;
 
 /// Compares targets on this host, or two results.
 pub(crate) fn compare(arguments: &Compare) -> Result<Exit> {
@@ -37,19 +41,20 @@ pub(crate) fn compare(arguments: &Compare) -> Result<Exit> {
 
 fn results(arguments: &Compare, old: &Path, new: &Path) -> Result<Exit> {
     let (old, new) = (Comparison::read(old)?, Comparison::read(new)?);
-    let (text, _) = shown::difference(&old, &new);
+    let (text, _) = difference::difference(&old, &new);
     print(&text);
     judge(&arguments.threshold, &new)
 }
 
 fn here(arguments: &Compare) -> Result<Exit> {
-    let mut selection = select::select(
-        &arguments.modes,
-        &arguments.relays,
-        &arguments.profiles,
-        &arguments.peers,
-        &arguments.workloads,
-    )?;
+    let mut selection = select::select(&Asked {
+        modes: &arguments.modes,
+        peers: &arguments.peers,
+        profiles: &arguments.profiles,
+        relays: &arguments.relays,
+        workers: &arguments.workers,
+        workloads: &arguments.workloads,
+    })?;
     signals::catch()?;
     let is_loopback = !nix::unistd::geteuid().is_root();
     let mut warnings = Vec::new();
@@ -74,7 +79,8 @@ fn here(arguments: &Compare) -> Result<Exit> {
     let mut lab = Lab::new(is_loopback)?;
     let common = Common {
         congestion: arguments.congestion.clone(),
-        forwarder_cpu,
+        forwarder_cpus: forwarder_cpus(&cpus, generator_cpu, forwarder_cpu),
+        is_tracked: arguments.tracking,
         weir: weir(arguments, &selection)?,
     };
     let began = Instant::now();
@@ -96,6 +102,7 @@ fn here(arguments: &Compare) -> Result<Exit> {
         out: arguments.out.clone(),
         rounds: arguments.rounds,
         seconds,
+        until: began + Duration::from_secs_f64(arguments.budget),
         with_syscalls: arguments.syscalls,
     };
     let measured =
@@ -108,9 +115,20 @@ fn here(arguments: &Compare) -> Result<Exit> {
     finish(arguments, &comparison)
 }
 
+/// The forwarder's CPU, then those that nobody has, then the generator's.
+fn forwarder_cpus(allowed: &[usize], generator: usize, forwarder: usize) -> Vec<usize> {
+    let free = allowed.iter().copied().filter(|cpu| *cpu != forwarder && *cpu != generator);
+    let mut list: Vec<usize> = std::iter::once(forwarder).chain(free).collect();
+    if generator != forwarder {
+        list.push(generator);
+    }
+    list
+}
+
 /// What works without privilege: everything that is a plain forwarder, over the host's loopback.
 fn without_root(selection: &mut Selection, warnings: &mut Vec<String>) -> Result<()> {
-    let needs_root = |target: &Target| matches!(target.way, Way::Inbound(_) | Way::Outbound(_));
+    let is_plain = |way| matches!(way, Way::Direct | Way::Forward | Way::Peer(_));
+    let needs_root = |target: &Target| !is_plain(target.way);
     let refused: Vec<&str> = selection
         .targets
         .iter()
@@ -132,12 +150,12 @@ fn without_root(selection: &mut Selection, warnings: &mut Vec<String>) -> Result
     Ok(())
 }
 
-/// A client's socket is a descriptor, and a forwarder may need two a flow.
-fn enough_descriptors(selection: &Selection, most: u64) -> Result<()> {
+/// Client and server each have a table of descriptors, one for each connection.
+fn enough_descriptors(selection: &Selection, most: u32) -> Result<()> {
     for workload in &selection.workloads {
-        let needed = 2 * workload.connections as u64 + DESCRIPTORS_SPARE;
+        let needed = workload.connections as u64 + DESCRIPTORS_SPARE;
         ensure!(
-            needed <= most,
+            needed <= u64::from(most),
             "{workload} needs {needed} descriptors a process, and {most} are allowed: `ulimit -n`"
         );
     }
@@ -185,8 +203,7 @@ fn seconds_each(arguments: &Compare, targets: usize, selection: &Selection, bega
         return seconds;
     }
     let cells = (targets * selection.workloads.len()) as f64 * f64::from(arguments.rounds);
-    let cells = cells * (1.0 + 1.0 / REPEATS_PART as f64);
-    let left = arguments.budget - began.elapsed().as_secs_f64();
+    let left = arguments.budget * FIRST_ONES_PART - began.elapsed().as_secs_f64();
     (left / cells - WARMUP_SECONDS - OVERHEAD_SECONDS).clamp(SECONDS_MIN, SECONDS_MAX)
 }
 
@@ -248,8 +265,11 @@ fn figures(cell: &result::Cell) -> Figures {
 
 /// For files, listeners and rings.
 const DESCRIPTORS_SPARE: u64 = 200;
+/// What of the time is for measuring everything once; the rest is to wait for calm moments, and to do
+/// again what was disturbed.
+const FIRST_ONES_PART: f64 = 0.65;
 /// To start a generator, to open connections, to let them go.
-const OVERHEAD_SECONDS: f64 = 0.2;
+const OVERHEAD_SECONDS: f64 = 0.15;
 const SECONDS_MAX: f64 = 10.0;
 /// Below this a cell says nothing.
 const SECONDS_MIN: f64 = 0.25;

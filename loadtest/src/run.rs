@@ -25,6 +25,7 @@ mod client;
 pub(crate) mod outcome;
 mod pace;
 pub(crate) mod sizes;
+mod steal;
 mod tokio_uring;
 
 /// What to do.
@@ -92,7 +93,10 @@ pub(crate) fn run(arguments: &Run) -> Result<Exit> {
     if let Some(namespace) = &arguments.place.netns {
         place::enter(namespace)?;
     }
-    watch.add_this_namespace();
+    // Once, if both are in the same.
+    if server.is_none() || arguments.place.netns.is_some() {
+        watch.add_this_namespace();
+    }
     let outcome = match arguments.place.engine {
         Engine::Ring => Client::open(arguments, server)?.measure(watch, memory)?,
         Engine::TokioUring => tokio_uring::measure(arguments, watch, memory)?,
@@ -250,7 +254,7 @@ impl Window {
         let mut outcome = about(arguments, outcome);
         outcome.generator.cpu_seconds = cpu.saturating_sub(self.cpu).as_secs_f64();
         let end = self.watch.read();
-        let watched = self.watch.difference(&self.begin, &end, self.memory)?;
+        let watched = self.watch.difference(&self.begin, &end, &self.memory)?;
         if arguments.kind == Kind::Idle && !arguments.watch_pid.is_empty() {
             outcome.watched_bytes_per_connection =
                 Some(each(watched.user_bytes, arguments.connections));

@@ -25,6 +25,9 @@ pub(crate) struct Watch {
 /// What came to it in the measurement.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Watched {
+    /// Entries that were added meanwhile, in all namespaces that the load passes.
+    #[serde(default)]
+    pub(crate) conntrack_added: i64,
     /// Entries at the end, in all namespaces that the load passes.
     pub(crate) conntrack_entries: u64,
     /// CPU time of the watched processes and their children.
@@ -54,11 +57,11 @@ pub(crate) struct Reading {
     watched: u64,
 }
 
-/// Memory before anything was opened.
-#[derive(Clone, Copy, Debug, Default)]
+/// Memory before anything was opened; the user's by process, because children come and go.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Memory {
-    slab: i64,
-    user: i64,
+    slab: u64,
+    user: BTreeMap<u32, u64>,
 }
 
 /// Files that belong to the namespace in which they were opened.
@@ -82,9 +85,16 @@ impl Watch {
     }
 
     pub(crate) fn memory(&self) -> Result<Memory> {
-        let user = self.family(&parents()).into_iter().map(anonymous_bytes).sum::<Result<u64>>()?;
-        let slab = slab_bytes()?;
-        Ok(Memory { slab: i64::try_from(slab)?, user: i64::try_from(user)? })
+        let mut user = BTreeMap::new();
+        for pid in self.family(&parents()) {
+            match anonymous_bytes(pid) {
+                Ok(bytes) => drop(user.insert(pid, bytes)),
+                // A child that helped for a moment has ended.
+                Err(_) if !self.pids.contains(&pid) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Memory { slab: slab_bytes()?, user })
     }
 
     pub(crate) fn read(&mut self) -> Reading {
@@ -118,14 +128,17 @@ impl Watch {
         &self,
         begin: &Reading,
         end: &Reading,
-        memory: Memory,
+        memory: &Memory,
     ) -> Result<Watched> {
         let now = self.memory()?;
+        let before = |pid: &u32| memory.user.get(pid).copied().unwrap_or(0);
+        let user = now.user.iter().map(|(pid, bytes)| signed(*bytes) - signed(before(pid)));
         let added = |(name, value): (&String, &f64)| {
             let before = begin.metrics.get(name).copied().unwrap_or(0.0);
             (value - before > 0.0).then(|| (name.clone(), value - before))
         };
         Ok(Watched {
+            conntrack_added: signed(end.conntrack_entries) - signed(begin.conntrack_entries),
             conntrack_entries: end.conntrack_entries,
             cpu_seconds: seconds(end.watched.saturating_sub(begin.watched)),
             kernel_threads_seconds: seconds(
@@ -134,8 +147,8 @@ impl Watch {
             metrics: end.metrics.iter().filter_map(added).collect(),
             others_seconds: seconds(end.others.saturating_sub(begin.others)),
             retransmits: end.retransmits.saturating_sub(begin.retransmits),
-            slab_bytes: now.slab - memory.slab,
-            user_bytes: now.user - memory.user,
+            slab_bytes: signed(now.slab) - signed(memory.slab),
+            user_bytes: user.sum(),
         })
     }
 
@@ -237,6 +250,11 @@ fn metrics(socket: &Path) -> Option<BTreeMap<String, f64>> {
         *sums.entry(name.to_owned()).or_insert(0.0) += value.parse::<f64>().unwrap_or(0.0);
     }
     Some(sums)
+}
+
+/// Counts and sizes of this world fit.
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ns")]

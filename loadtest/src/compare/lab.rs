@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use super::tracking;
 use crate::place;
 use crate::signals::is_interrupted;
 
@@ -32,7 +33,7 @@ pub(super) struct Lab {
 /// A program of a site, as it was started.
 #[derive(Clone, Debug)]
 pub(super) struct Program {
-    pub(super) cpu: usize,
+    pub(super) cpus: Vec<usize>,
     pub(super) name: String,
     pub(super) words: Vec<String>,
 }
@@ -63,7 +64,8 @@ impl Lab {
     }
 
     /// A node and its far end, joined by a cable.
-    pub(super) fn site(&mut self, congestion: &str) -> Result<Site> {
+    /// With `is_tracked` the node tracks connections, as other people's rules would have it.
+    pub(super) fn site(&mut self, congestion: &str, is_tracked: bool) -> Result<Site> {
         let number = self.sites;
         self.sites += 1;
         if self.is_loopback {
@@ -86,6 +88,10 @@ impl Lab {
             run(&["ip", "-n", namespace, "addr", "add", &address, "dev", "eth0"])?;
             run(&["ip", "-n", namespace, "link", "set", "eth0", "up"])?;
         }
+        if is_tracked {
+            let rules = "table inet others { chain input { type filter hook input priority 0; ct state new counter; }; }";
+            run(&["ip", "netns", "exec", &node, "nft", rules])?;
+        }
         let path = |namespace: &str| Some(Path::new(NETNS).join(namespace));
         let cgroup =
             self.cgroups.as_ref().map(|mount| mount.join(format!("{}-{number}", self.name)));
@@ -97,7 +103,7 @@ impl Lab {
 
     /// Starts a program in the node of `site`, on its CPU, that runs until it is ended.
     pub(super) fn start(&mut self, site: &Site, program: &Program) -> Result<u32> {
-        let Program { cpu, name, words } = program;
+        let Program { cpus, name, words } = program;
         let log = self.directory.join(format!("{}.log", site.number));
         let log = File::create(&log).with_context(|| format!("make {}", log.display()))?;
         let mut command = match &site.node {
@@ -109,7 +115,8 @@ impl Lab {
             }
             None => Command::new("taskset"),
         };
-        command.args(["-c", &cpu.to_string()]).args(words);
+        let cpus = cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        command.args(["-c", &cpus]).args(words);
         // Ctrl-C is for us: who is ended before the others makes errors in the figures.
         command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("start {name}"))?;
@@ -199,6 +206,20 @@ impl Site {
             words.nth(1).is_some_and(|local| local.ends_with(&end)) && words.nth(1) == Some(LISTEN)
         };
         Ok(texts.iter().flat_map(|text| text.lines()).filter(is_one).count())
+    }
+
+    /// Forgets every tracked connection of the node, so that those of earlier loads do not count.
+    pub(super) fn forget_tracked(&self) -> Result<()> {
+        if self.node.is_none() {
+            return Ok(());
+        }
+        self.within(|| {
+            let count = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count");
+            match count {
+                Ok(count) if count.trim() != "0" => tracking::forget_all(),
+                _ => Ok(()),
+            }
+        })?
     }
 
     /// TCP sockets in use, which go when a load is over.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The matrix itself: every target under every workload, A B C A B C, round after round.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,12 +13,16 @@ use nix::unistd::Pid;
 
 use super::lab::Lab;
 use super::programs::{self, Common, Started};
-use super::result::{Cell, Comparison, Round};
+use super::result::Comparison;
 use super::select::Workload;
+use super::{distance, figures};
 use crate::run::Kind;
 use crate::run::outcome::Outcome;
 use crate::signals::is_interrupted;
 use crate::watch;
+
+/// Rounds, and places of the target and the workload.
+type Steps = VecDeque<(u32, (usize, usize))>;
 
 /// How to measure.
 pub(super) struct Plan {
@@ -27,11 +31,14 @@ pub(super) struct Plan {
     pub(super) out: PathBuf,
     pub(super) rounds: u32,
     pub(super) seconds: f64,
+    /// After that nothing is measured again.
+    pub(super) until: Instant,
     pub(super) with_syscalls: bool,
 }
 
 /// Measures until all is done or somebody interrupts; what was measured is in the file after every
-/// round and at the end.
+/// round and at the end. As far as there is time, moments in which the host has moved our CPUs apart
+/// are waited out, and what was disturbed is measured again.
 pub(super) fn measure(
     plan: &Plan,
     lab: &mut Lab,
@@ -39,75 +46,143 @@ pub(super) fn measure(
     workloads: &[Workload],
     comparison: &mut Comparison,
 ) -> Result<()> {
-    let total = plan.rounds as usize * targets.len() * workloads.len();
-    let mut repeats_left = total / REPEATS_PART;
-    let bar = progress(total as u64);
     let idle: Vec<u64> = targets.iter().map(|target| target.site.sockets().unwrap_or(0)).collect();
-    for round in 1..=plan.rounds {
-        for workload in workloads {
-            for (target, idle) in targets.iter_mut().zip(&idle) {
-                bar.set_message(format!("round {round}: {}, {workload}", target.about.name));
-                if is_interrupted() {
-                    bar.abandon();
-                    comparison.write(&plan.out)?;
-                    return Ok(());
-                }
-                let measured = undisturbed(plan, lab, target, workload, *idle, &mut repeats_left)
-                    .with_context(|| format!("{} under {workload}", target.about.name));
-                match measured {
-                    Ok(outcome) => keep(comparison, target, workload, round, outcome),
-                    // Cut short: no figure.
-                    Err(_) if is_interrupted() => {}
-                    Err(error) => {
-                        let text = format!("{error:#}");
-                        bar.suspend(|| eprintln!("warning: {text}"));
-                        comparison.warnings.push(text);
-                    }
-                }
-                settle(target, *idle);
-                bar.inc(1);
-                if bar.is_hidden() {
-                    say(&bar);
-                }
+    let cells = cells(targets, workloads, comparison);
+    ensure!(!cells.is_empty(), "no target can have as many flows as any workload has");
+    let rounds = (1..=plan.rounds).flat_map(|round| cells.iter().map(move |cell| (round, *cell)));
+    let mut steps: Steps = rounds.collect();
+    let first_ones = u32::try_from(steps.len())?;
+    let bar = progress(first_ones.into());
+    let mut nearest = f64::INFINITY;
+    let (mut done, mut spent) = (0, Duration::ZERO);
+    while !is_interrupted() {
+        let Some((round, (place, index))) = steps.pop_front() else {
+            figures::mark(comparison, nearest);
+            steps = disturbed(comparison, targets, workloads);
+            if steps.is_empty() {
+                break;
             }
+            bar.set_length(u64::from(done) + steps.len() as u64);
+            continue;
+        };
+        let is_repeat = done >= first_ones;
+        if is_repeat && (done >= REPEATS_MAX * first_ones || Instant::now() > plan.until) {
+            break;
         }
-        comparison.write(&plan.out)?;
+        let (workload, target) = (&workloads[index], &mut targets[place]);
+        let turn = if is_repeat { "disturbed, again".to_owned() } else { format!("round {round}") };
+        bar.set_message(format!("{turn}: {}, {workload}", target.about.name));
+        let left = u32::try_from(steps.len() + 1)?;
+        let until = Instant::now() + spent / done.max(1) * left;
+        let wait = plan.until.saturating_duration_since(until);
+        let before = near(plan, target, workload, &mut nearest, wait);
+        let began = Instant::now();
+        let measured = afresh(plan, lab, target, workload)
+            .and_then(|()| one(plan, target, workload))
+            .with_context(|| format!("{} under {workload}", target.about.name));
+        match measured {
+            Ok(outcome) => {
+                let apart = before.max(distance(plan, target, workload, &mut nearest));
+                figures::keep(comparison, target, workload, round, apart, outcome);
+            }
+            // Cut short: no figure.
+            Err(_) if is_interrupted() => {}
+            Err(error) => warn(&bar, comparison, format!("{error:#}")),
+        }
+        settle(target, idle[place]);
+        done += 1;
+        spent += began.elapsed();
+        step(&bar);
+        if (done as usize).is_multiple_of(cells.len()) {
+            comparison.write(&plan.out)?;
+        }
     }
     bar.finish_and_clear();
+    figures::mark(comparison, nearest);
+    figures::gather(comparison);
     Ok(())
 }
 
-/// One measurement; it is repeated, whatever came of it, when somebody else had much of a CPU.
-fn undisturbed(
+fn warn(bar: &ProgressBar, comparison: &mut Comparison, text: String) {
+    bar.suspend(|| eprintln!("warning: {text}"));
+    comparison.warnings.push(text);
+}
+
+/// Waits, but no longer than `most`, until the CPUs are as near as they can be; how near they are.
+fn near(
     plan: &Plan,
-    lab: &mut Lab,
-    target: &mut Started,
+    target: &Started,
     workload: &Workload,
-    idle: u64,
-    repeats_left: &mut usize,
-) -> Result<Outcome> {
+    nearest: &mut f64,
+    most: Duration,
+) -> f64 {
+    let until = Instant::now() + most;
     loop {
-        afresh(plan, lab, target, workload)?;
-        let outcome = one(plan, target, workload)?;
-        if others(&outcome) <= DISTURBED_CPUS || *repeats_left == 0 || is_interrupted() {
-            return Ok(outcome);
+        let apart = distance(plan, target, workload, nearest);
+        if !figures::is_far(apart, *nearest) || Instant::now() > until || is_interrupted() {
+            return apart;
         }
-        *repeats_left -= 1;
-        settle(target, idle);
+        std::thread::sleep(FAR_LOOK_EVERY);
     }
 }
 
-/// CPUs that others had meanwhile.
-fn others(outcome: &Outcome) -> f64 {
-    outcome.watched.as_ref().map_or(0.0, |watched| watched.others_seconds / outcome.seconds)
+/// Of the CPUs that a measurement needs; nothing if that is one, or where nobody is busy.
+fn distance(plan: &Plan, target: &Started, workload: &Workload, nearest: &mut f64) -> f64 {
+    let other = target.cpus.first().filter(|_| workload.kind != Kind::Idle);
+    let found = other.and_then(|other| distance::between(plan.generator_cpu, *other));
+    let found = found.filter(|found| *found > 0.0);
+    *nearest = found.unwrap_or(*nearest).min(*nearest);
+    found.unwrap_or(0.0)
+}
+
+/// What is worth to be measured again, in the order of its rounds.
+fn disturbed(comparison: &Comparison, targets: &[Started], workloads: &[Workload]) -> Steps {
+    let mut steps = Vec::new();
+    for cell in &comparison.cells {
+        let place = targets.iter().position(|target| target.about.name == cell.target);
+        let index = workloads.iter().position(|workload| workload.name == cell.workload);
+        let (Some(place), Some(index)) = (place, index) else { continue };
+        let rounds = cell.rounds.iter().filter(|round| round.was_disturbed);
+        steps.extend(rounds.map(|round| (round.number, (index, place))));
+    }
+    steps.sort_unstable();
+    steps.into_iter().map(|(round, (index, place))| (round, (place, index))).collect()
+}
+
+/// Places of targets and workloads, in the order of a round: every target in turn under a workload.
+/// Who cannot have as many flows is left out aloud.
+fn cells(
+    targets: &[Started],
+    workloads: &[Workload],
+    comparison: &mut Comparison,
+) -> Vec<(usize, usize)> {
+    let mut cells = Vec::new();
+    for (index, workload) in workloads.iter().enumerate() {
+        for (place, target) in targets.iter().enumerate() {
+            match target.flows_max.filter(|most| *most < workload.connections) {
+                None => cells.push((place, index)),
+                Some(most) => {
+                    let name = &target.about.name;
+                    let text = format!(
+                        "left out {name} under {workload}: it may have {most} flows \
+                         (descriptors: two a flow, of a process or of each worker)"
+                    );
+                    eprintln!("warning: {text}");
+                    comparison.warnings.push(text);
+                }
+            }
+        }
+    }
+    cells
 }
 
 /// What an idle flow costs shows only in a forwarder that has no memory of earlier ones.
+/// Nor does any figure hang on connections that were tracked before.
 fn afresh(plan: &Plan, lab: &mut Lab, target: &mut Started, workload: &Workload) -> Result<()> {
     if workload.kind == Kind::Idle {
         *target = programs::run(lab, &plan.common, target.clone())?;
     }
-    Ok(())
+    target.site.forget_tracked()
 }
 
 fn progress(total: u64) -> ProgressBar {
@@ -121,10 +196,11 @@ fn progress(total: u64) -> ProgressBar {
     bar
 }
 
-/// Where nobody sees a bar: a line for every tenth.
-fn say(bar: &ProgressBar) {
+/// One more is done; where nobody sees a bar, a line for every tenth.
+fn step(bar: &ProgressBar) {
+    bar.inc(1);
     let (done, total) = (bar.position(), bar.length().unwrap_or(1));
-    if done * 10 / total != (done - 1) * 10 / total {
+    if bar.is_hidden() && done * 10 / total != (done - 1) * 10 / total {
         eprintln!("{done} of {total} measured, about {} s left", bar.eta().as_secs());
     }
 }
@@ -192,6 +268,8 @@ fn words(plan: &Plan, target: &Started, workload: &Workload) -> Vec<String> {
     if let Some(pid) = target.pid {
         say("watch-pid", pid.to_string());
     }
+    let cpus = std::iter::once(&plan.generator_cpu).chain(&target.cpus);
+    say("watch-cpu", cpus.map(usize::to_string).collect::<Vec<_>>().join(","));
     if workload.reset {
         words.push("--reset".to_owned());
     }
@@ -228,125 +306,12 @@ fn settle(target: &Started, idle: u64) {
     }
 }
 
-/// Adds a round to its cell.
-fn keep(
-    comparison: &mut Comparison,
-    target: &Started,
-    workload: &Workload,
-    number: u32,
-    mut outcome: Outcome,
-) {
-    let histogram = std::mem::take(&mut outcome.latency_histogram_us);
-    let figures = figures(target, workload, &outcome);
-    let was_disturbed = others(&outcome) > DISTURBED_CPUS;
-    let round = Round { figures, number, outcome, was_disturbed };
-    let name = &target.about.name;
-    let place = comparison
-        .cells
-        .iter()
-        .position(|cell| cell.target == *name && cell.workload == workload.name);
-    let place = place.unwrap_or_else(|| {
-        comparison.cells.push(Cell {
-            connections: workload.connections,
-            target: name.clone(),
-            unit: workload.unit().to_owned(),
-            workload: workload.name.clone(),
-            ..Cell::default()
-        });
-        comparison.cells.len() - 1
-    });
-    let cell = &mut comparison.cells[place];
-    merge(&mut cell.histogram_us, &histogram);
-    cell.rounds.push(round);
-}
-
-/// Adds one histogram to another; both are sorted, and have the same steps.
-fn merge(all: &mut Vec<(f64, u64)>, more: &[(f64, u64)]) {
-    for (value, count) in more {
-        match all.binary_search_by(|(other, _)| other.total_cmp(value)) {
-            Ok(place) => all[place].1 += count,
-            Err(place) => all.insert(place, (*value, *count)),
-        }
-    }
-}
-
-/// Everything that the tables show.
-#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
-fn figures(target: &Started, workload: &Workload, outcome: &Outcome) -> BTreeMap<String, f64> {
-    let mut figures = BTreeMap::new();
-    let mut is = |name: &str, value: f64| figures.insert(name.to_owned(), value);
-    let watched = outcome.watched.clone().unwrap_or_default();
-    let latency = &outcome.latency_us;
-    let seconds = outcome.seconds;
-    is("errors", outcome.errors as f64);
-    is("conntrack_entries", watched.conntrack_entries as f64);
-    is("retransmits", watched.retransmits as f64);
-    is("others_cpu", others(outcome));
-    let units = match workload.unit() {
-        "GB" => {
-            is("bytes_per_second", outcome.bytes_per_second);
-            outcome.bytes_per_second * seconds / 1e9
-        }
-        "flow" => {
-            let flows = workload.connections as f64;
-            is("slab_bytes_per_flow", watched.slab_bytes as f64 / flows);
-            if target.pid.is_some() {
-                is("user_bytes_per_flow", watched.user_bytes as f64 / flows);
-            }
-            return figures;
-        }
-        _ => {
-            is("per_second", outcome.per_second);
-            is("p50_us", latency.p50);
-            is("p90_us", latency.p90);
-            is("p99_us", latency.p99);
-            is("p99_9_us", latency.p99_9);
-            is("max_us", latency.max);
-            outcome.per_second * seconds
-        }
-    };
-    if units <= 0.0 {
-        return figures;
-    }
-    let generator = &outcome.generator;
-    let useful = generator.cpu_seconds - generator.idle_spin_seconds;
-    let system = useful + watched.cpu_seconds + watched.kernel_threads_seconds;
-    is("system_cpu_us_per_unit", system * 1e6 / units);
-    if target.pid.is_some() {
-        is("forwarder_cpu_us_per_unit", watched.cpu_seconds * 1e6 / units);
-    }
-    if target.socket.is_some() {
-        let metric = |name: &str| watched.metrics.get(name).copied().unwrap_or(0.0);
-        is("enters_per_unit", metric("weir_ring_enters_total") / units);
-        let fallbacks =
-            watched.metrics.iter().filter(|(name, _)| name.starts_with("weir_fallback"));
-        is("fallbacks", fallbacks.map(|(_, count)| count).fold(0.0, |sum, count| sum + count));
-    }
-    if let Some(a_second) = watched.metrics.get(SYSCALLS) {
-        is("syscalls_per_unit", a_second * seconds / units);
-    }
-    figures
-}
-
-/// CPUs of others from which on a round counts as disturbed.
-const DISTURBED_CPUS: f64 = 0.1;
+const FAR_LOOK_EVERY: Duration = Duration::from_millis(50);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// To open thousands of connections, and to be slow.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// One in so many measurements may be repeated.
-pub(super) const REPEATS_PART: usize = 6;
+/// All measurements in the end, as a multiple of those that are wanted.
+const REPEATS_MAX: u32 = 2;
 const SETTLE_MAX: Duration = Duration::from_secs(3);
-const SYSCALLS: &str = "syscalls_per_second";
+pub(super) const SYSCALLS: &str = "syscalls_per_second";
 pub(super) const WARMUP_SECONDS: f64 = 0.15;
-
-#[cfg(test)]
-mod tests {
-    use super::merge;
-
-    #[test]
-    fn histograms_of_rounds_become_one() {
-        let mut all = vec![(1.0, 2), (3.0, 1)];
-        merge(&mut all, &[(2.0, 5), (3.0, 4), (9.0, 1)]);
-        assert_eq!(all, [(1.0, 2), (2.0, 5), (3.0, 5), (9.0, 1)]);
-    }
-}

@@ -19,6 +19,10 @@ pub(super) struct Started {
     pub(super) about: TargetAbout,
     /// The cgroup of the client, if its connects are captured.
     pub(super) cgroup: Option<PathBuf>,
+    /// Those of its program.
+    pub(super) cpus: Vec<usize>,
+    /// Flows that it can have at a time; nothing if it sets no bound.
+    pub(super) flows_max: Option<usize>,
     pub(super) client_in: Option<PathBuf>,
     pub(super) pid: Option<u32>,
     program: Option<Program>,
@@ -33,19 +37,23 @@ pub(super) struct Started {
 /// What targets have in common.
 pub(super) struct Common {
     pub(super) congestion: String,
-    pub(super) forwarder_cpu: usize,
+    /// In the order in which they are taken.
+    pub(super) forwarder_cpus: Vec<usize>,
+    /// Connection tracking is on in the node.
+    pub(super) is_tracked: bool,
     pub(super) weir: PathBuf,
 }
 
 /// Builds its site, starts it and waits until it is ready.
 pub(super) fn start(lab: &mut Lab, common: &Common, target: &Target) -> Result<Started> {
-    let site = lab.site(&common.congestion)?;
+    let site = lab.site(&common.congestion, common.is_tracked)?;
     match target.way {
         Way::Direct => direct(&site),
         Way::Forward => forward(lab, common, target, &site),
         Way::Inbound(capture) => inbound(lab, common, target, &site, capture),
         Way::Outbound(capture) => outbound(lab, common, target, &site, capture),
         Way::Peer(peer) => by_peer(lab, common, target, &site, peer),
+        Way::Takeover => takeover(lab, common, target, &site),
     }
 }
 
@@ -72,6 +80,16 @@ pub(super) fn find(program: &str) -> Option<PathBuf> {
 }
 
 impl Peer {
+    /// Two descriptors a flow of the 20,000 that a process usually has, less what it needs besides.
+    const fn flows_max(self) -> usize {
+        match self {
+            Peer::Haproxy => HAPROXY_FLOWS_MAX,
+            Peer::HaproxySplice => HAPROXY_SPLICE_FLOWS_MAX,
+            Peer::Nginx => NGINX_FLOWS_MAX,
+            Peer::Envoy | Peer::Tokio | Peer::TokioUring => FLOWS_MAX as usize,
+        }
+    }
+
     /// Whether it can be started here; the reason if not.
     pub(super) fn missing(self) -> Option<String> {
         let (program, cure) = match self {
@@ -109,7 +127,7 @@ fn forward(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Resu
     fs::write(&profile, &shape)?;
     let mut words = vec![common.weir.display().to_string(), "forward".to_owned()];
     for (key, value) in [
-        ("--workers", "1".to_owned()),
+        ("--workers", target.workers.to_string()),
         ("--profile", profile.display().to_string()),
         ("--listen", listen.to_string()),
         ("--to", server.to_string()),
@@ -122,7 +140,12 @@ fn forward(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Resu
     run(
         lab,
         common,
-        Started { program, socket: Some(socket), ..started(site, about, listen, server) },
+        Started {
+            flows_max: weir_flows_max(target),
+            program,
+            socket: Some(socket),
+            ..started(site, about, listen, server)
+        },
     )
 }
 
@@ -168,6 +191,19 @@ fn outbound(
     run(lab, common, started)
 }
 
+/// The workload dials the address that the registry's service has on its host.
+fn takeover(lab: &mut Lab, common: &Common, target: &Target, site: &Site) -> Result<Started> {
+    let (to, server) = (address(SERVICE, SERVER_PORT), address(FAR, SERVER_PORT));
+    let text = format!(
+        "takeover: {{ registries: [{{ name: lab, kind: static, services: [{{ name: echo, endpoints: [\"{server}\"] }}] }}], \
+         services: [{{ name: echo, listen: \"{to}\" }}] }}\n"
+    );
+    let by_config = by_config(lab, common, target, site, &text)?;
+    let client_in = site.node.clone();
+    let started = Started { client_in, server, server_in: site.far.clone(), to, ..by_config };
+    run(lab, common, started)
+}
+
 /// `weir run` with a config, and a profile for its relay; not started yet.
 fn by_config(
     lab: &Lab,
@@ -180,8 +216,9 @@ fn by_config(
     let (config, profile, socket) = (file("config.yaml"), file("profile.yaml"), file("sock"));
     let shape = shape(target);
     let text = format!(
-        "profile: {}\nworkers: 1\n{capture}admin: {{ socket: {} }}\n",
+        "profile: {}\nworkers: {}\n{capture}admin: {{ socket: {} }}\n",
         profile.display(),
+        target.workers,
         socket.display()
     );
     fs::write(&profile, &shape)?;
@@ -191,16 +228,29 @@ fn by_config(
     let nowhere = address("127.0.0.1", SERVER_PORT);
     let about = weir_about(common, target, format!("{text}---\n{shape}"));
     let program = Some(program(common, target, words));
-    Ok(Started { program, socket: Some(socket), ..started(site, about, nowhere, nowhere) })
+    Ok(Started {
+        flows_max: weir_flows_max(target),
+        program,
+        socket: Some(socket),
+        ..started(site, about, nowhere, nowhere)
+    })
 }
 
-/// The target's profile, for one worker: `flows_max` is the process's, and the descriptor table of
-/// one worker may not be large enough for all of it.
+/// The target's profile, for its workers: `flows_max` is the process's, and the descriptor tables
+/// of few workers may not be large enough for all of it.
 fn shape(target: &Target) -> String {
     format!(
-        "include: {}\nrelay: {{ mode: {} }}\nlimits: {{ flows_max: {FLOWS_MAX} }}\n",
-        target.profile, target.relay
+        "include: {}\nrelay: {{ mode: {} }}\nlimits: {{ flows_max: {} }}\n",
+        target.profile,
+        target.relay,
+        FLOWS_MAX * target.workers
     )
+}
+
+/// Not quite all: connections do not fall evenly on workers.
+fn weir_flows_max(target: &Target) -> Option<usize> {
+    let spare = if target.workers > 1 { FLOWS_MAX / 20 } else { 0 };
+    usize::try_from((FLOWS_MAX - spare) * target.workers).ok()
 }
 
 fn by_peer(
@@ -256,11 +306,14 @@ fn by_peer(
         version: version(&words[0], if peer == Peer::Envoy { "--version" } else { "-v" }),
     };
     let program = Some(program(common, target, words));
-    run(lab, common, Started { program, ..started(site, about, listen, server) })
+    let flows_max = Some(peer.flows_max());
+    run(lab, common, Started { flows_max, program, ..started(site, about, listen, server) })
 }
 
 fn program(common: &Common, target: &Target, words: Vec<String>) -> Program {
-    Program { cpu: common.forwarder_cpu, name: target.name.clone(), words }
+    let cpus = common.forwarder_cpus.iter().take(target.workers as usize);
+    let cpus = cpus.copied().collect();
+    Program { cpus, name: target.name.clone(), words }
 }
 
 /// Starts the program, or starts it anew, and waits until it is ready.
@@ -278,6 +331,7 @@ pub(super) fn run(lab: &mut Lab, common: &Common, mut started: Started) -> Resul
     {
         std::thread::sleep(Duration::from_millis(2));
     }
+    started.cpus.clone_from(&program.cpus);
     started.pid = Some(lab.start(&started.site, program)?);
     let (site, to) = (&started.site, started.to);
     match &started.socket {
@@ -308,7 +362,9 @@ fn started(site: &Site, about: TargetAbout, to: SocketAddr, server: SocketAddr) 
     Started {
         about,
         cgroup: None,
+        cpus: Vec::new(),
         client_in: site.far.clone(),
+        flows_max: None,
         pid: None,
         program: None,
         server,
@@ -347,10 +403,11 @@ fn version(program: &str, argument: &str) -> String {
 fn haproxy(listen: SocketAddr, to: SocketAddr, is_splicing: bool) -> String {
     // Its descriptors, two a flow and those of the pipes, must fit the usual limit of 20,000.
     let (limits, splice) = match is_splicing {
-        true => {
-            ("maxconn 8000\n  maxpipes 900", "  option splice-request\n  option splice-response\n")
-        }
-        false => ("maxconn 9000", ""),
+        true => (
+            format!("maxconn {HAPROXY_SPLICE_FLOWS_MAX}\n  maxpipes 900"),
+            "  option splice-request\n  option splice-response\n",
+        ),
+        false => (format!("maxconn {HAPROXY_FLOWS_MAX}"), ""),
     };
     format!(
         "global\n  nbthread 1\n  {limits}\ndefaults\n  mode tcp\n  timeout connect 5s\n  \
@@ -364,8 +421,9 @@ fn nginx(directory: &Path, site: &Site, listen: SocketAddr, to: SocketAddr) -> S
     let number = site.number;
     format!(
         "load_module {NGINX_STREAM};\ndaemon off;\nworker_processes 1;\npid {place}/{number}.pid;\n\
-         error_log {place}/{number}.nginx.log;\nevents {{ worker_connections 19000; }}\n\
-         stream {{ server {{ listen {listen} backlog=4096; proxy_pass {to}; proxy_timeout 1h; }} }}\n"
+         error_log {place}/{number}.nginx.log;\nevents {{ worker_connections {}; }}\n\
+         stream {{ server {{ listen {listen} backlog=4096; proxy_pass {to}; proxy_timeout 1h; }} }}\n",
+        2 * NGINX_FLOWS_MAX
     )
 }
 
@@ -398,11 +456,16 @@ fn envoy(listen: SocketAddr, to: SocketAddr) -> String {
 }
 
 /// Where weir listens for what it captures.
-/// Half of a descriptor table of 20,000, less a few.
-const FLOWS_MAX: u32 = 9_900;
 const CAPTURE_PORTS: [u16; 2] = [15001, 15006];
+/// Half of a descriptor table of 20,000, less a few; of each worker of weir.
+const FLOWS_MAX: u32 = 9_900;
 const FORWARDER_PORT: u16 = 8000;
+const HAPROXY_FLOWS_MAX: usize = 9_000;
+const HAPROXY_SPLICE_FLOWS_MAX: usize = 8_000;
+const NGINX_FLOWS_MAX: usize = 9_500;
 /// Where Debian's package puts it.
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 const PORT_FREE_MAX: Duration = Duration::from_secs(5);
 const SERVER_PORT: u16 = 7000;
+/// Where the workload finds a service that was taken over.
+const SERVICE: &str = "127.0.0.2";

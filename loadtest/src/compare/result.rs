@@ -57,12 +57,19 @@ pub(crate) struct Cell {
 /// One measurement.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Round {
+    /// Nanoseconds that a cache line took from the generator's CPU to the forwarder's and back, the
+    /// longer of before and after; 0 if only one of them is used.
+    #[serde(default)]
+    pub(crate) distance_ns: f64,
+    /// The part of it that others had.
+    #[serde(default)]
+    pub(crate) disturbance: f64,
     /// Every figure by its name.
     pub(crate) figures: BTreeMap<String, f64>,
     /// Which round it was: pairs are of the same one.
     pub(crate) number: u32,
     pub(crate) outcome: Outcome,
-    /// Somebody else had much of a CPU meanwhile.
+    /// Others had much of it, or the host had moved the CPUs apart.
     pub(crate) was_disturbed: bool,
 }
 
@@ -128,16 +135,24 @@ impl Comparison {
 }
 
 impl Cell {
-    /// A figure of every round that has it.
+    /// The rounds that count: those that were not disturbed, if there are enough to tell.
+    fn counted(&self) -> Vec<&Round> {
+        let calm: Vec<&Round> = self.rounds.iter().filter(|round| !round.was_disturbed).collect();
+        if calm.len() >= CALM_MIN { calm } else { self.rounds.iter().collect() }
+    }
+
+    /// A figure of every round that counts and has it.
     pub(crate) fn values(&self, figure: &str) -> Vec<f64> {
-        self.rounds.iter().filter_map(|round| round.figures.get(figure).copied()).collect()
+        let rounds = self.counted().into_iter();
+        rounds.filter_map(|round| round.figures.get(figure).copied()).collect()
     }
 
     /// A figure of every round that has it in both cells.
     pub(crate) fn pairs(&self, other: &Cell, figure: &str) -> Vec<(f64, f64)> {
         let of = |round: &Round| round.figures.get(figure).copied();
-        let twin = |round: &Round| other.rounds.iter().find(|twin| twin.number == round.number);
-        let rounds = self.rounds.iter();
+        let others = other.counted();
+        let twin = |round: &Round| others.iter().find(|twin| twin.number == round.number);
+        let rounds = self.counted().into_iter();
         rounds.filter_map(|round| Some((of(round)?, of(twin(round)?)?))).collect()
     }
 
@@ -152,6 +167,14 @@ impl Cell {
 
     pub(crate) fn estimate(&self, figure: &str) -> Estimate {
         of_one(&self.values(figure))
+    }
+
+    /// Whether a figure says something of a forwarder. A closed loop of many connections is always
+    /// full: its high quantiles tell in which order the queue was served, and move with every breath
+    /// of the machine; latency is for one connection, and for an open loop.
+    pub(crate) fn tells(&self, figure: &str) -> bool {
+        let is_tail = matches!(figure, "p90_us" | "p99_us" | "p99_9_us" | "max_us");
+        !is_tail || self.connections == 1 || self.workload.contains('@')
     }
 
     /// The figure that this workload is about.
@@ -182,7 +205,7 @@ const fn known(
 }
 
 /// Everything that is measured, in the order of tables.
-pub(crate) const FIGURES: [Figure; 18] = [
+pub(crate) const FIGURES: [Figure; 20] = [
     known("per_second", "rate /s", 1.0, 0, true),
     known("bytes_per_second", "Gbit/s", 8e-9, 2, true),
     known("p50_us", "p50 µs", 1.0, 1, false),
@@ -192,14 +215,18 @@ pub(crate) const FIGURES: [Figure; 18] = [
     known("max_us", "max µs", 1.0, 0, false),
     known("forwarder_cpu_us_per_unit", "forwarder CPU µs", 1.0, 2, false),
     known("system_cpu_us_per_unit", "system CPU µs", 1.0, 2, false),
+    known("forwarder_busy", "forwarder %", 100.0, 0, false),
+    known("generator_busy", "generator %", 100.0, 0, false),
     known("enters_per_unit", "ring enters", 1.0, 3, false),
     known("syscalls_per_unit", "syscalls", 1.0, 2, false),
     known("user_bytes_per_flow", "user B", 1.0, 0, false),
     known("slab_bytes_per_flow", "slab B", 1.0, 0, false),
-    known("conntrack_entries", "conntrack", 1.0, 0, false),
+    known("conntrack_per_flow", "conntrack/flow", 1.0, 1, false),
     known("retransmits", "retransmits", 1.0, 0, false),
     known("fallbacks", "fallbacks", 1.0, 0, false),
     known("errors", "errors", 1.0, 0, false),
     known("others_cpu", "others' CPU", 1.0, 2, false),
 ];
+/// Fewer calm rounds than this say less than all of them.
+const CALM_MIN: usize = 2;
 pub(crate) const FORMAT: &str = "weir-loadtest-compare/1";

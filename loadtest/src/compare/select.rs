@@ -17,6 +17,8 @@ pub(crate) enum Way {
     Inbound(&'static str),
     Outbound(&'static str),
     Peer(Peer),
+    /// By registry: the workload dials the address that its service has here.
+    Takeover,
 }
 
 /// Somebody else's forwarder, and two of our own that everybody would write first.
@@ -42,6 +44,8 @@ pub(crate) struct Target {
     /// Empty for what is not weir's.
     pub(crate) relay: String,
     pub(crate) way: Way,
+    /// Threads of a weir.
+    pub(crate) workers: u32,
 }
 
 /// One column of the matrix.
@@ -62,20 +66,27 @@ pub(crate) struct Selection {
     pub(crate) workloads: Vec<Workload>,
 }
 
+/// What was asked for, in words; an empty list is the default.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked<'a> {
+    pub(crate) modes: &'a [String],
+    pub(crate) peers: &'a [String],
+    pub(crate) profiles: &'a [String],
+    pub(crate) relays: &'a [String],
+    pub(crate) workers: &'a [u32],
+    pub(crate) workloads: &'a [String],
+}
+
 /// Makes the matrix; without any word, the default one.
-pub(crate) fn select(
-    modes: &[String],
-    relays: &[String],
-    profiles: &[String],
-    peers: &[String],
-    workloads: &[String],
-) -> Result<Selection> {
+pub(crate) fn select(asked: &Asked<'_>) -> Result<Selection> {
+    let Asked { modes, peers, profiles, relays, workers, workloads } = *asked;
     let is_asked = !modes.is_empty();
     let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
     let relays = listed("relay", relays, &RELAYS, &["auto"])?;
     let profiles = listed("profile", profiles, &PROFILES, &["balanced"])?;
     let is_peer_asked = !peers.is_empty();
     let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
+    let workers = if workers.is_empty() { &[1][..] } else { workers };
     let mut targets = Vec::new();
     for (name, way, is_single) in modes {
         let is_named = is_asked && is_single;
@@ -85,15 +96,22 @@ pub(crate) fn select(
         }
         for (relay, (), is_single) in &relays {
             let is_named = is_named && *is_single;
-            targets.extend(profiles.iter().map(|(profile, (), _)| Target {
-                is_named,
-                name: match profiles.len() {
-                    1 => format!("{name}/{relay}"),
-                    _ => format!("{name}/{relay}/{profile}"),
-                },
-                profile: (*profile).to_owned(),
-                relay: (*relay).to_owned(),
-                way,
+            let both =
+                profiles.iter().flat_map(|it| workers.iter().map(move |count| (it.0, count)));
+            targets.extend(both.map(|(profile, count)| {
+                Target {
+                    is_named,
+                    name: [
+                        format!("{name}/{relay}"),
+                        if profiles.len() > 1 { format!("/{profile}") } else { String::new() },
+                        if workers.len() > 1 { format!("/{count}w") } else { String::new() },
+                    ]
+                    .concat(),
+                    profile: profile.to_owned(),
+                    relay: (*relay).to_owned(),
+                    way,
+                    workers: *count,
+                }
             }));
         }
     }
@@ -146,7 +164,7 @@ impl Target {
     /// What has neither relay nor profile.
     fn foreign(name: &str, way: Way, is_named: bool) -> Target {
         let (profile, relay) = (String::new(), String::new());
-        Target { is_named, name: name.to_owned(), profile, relay, way }
+        Target { is_named, name: name.to_owned(), profile, relay, way, workers: 1 }
     }
 }
 
@@ -216,7 +234,7 @@ impl fmt::Display for Workload {
     }
 }
 
-const MODES: [(&str, Way); 7] = [
+const MODES: [(&str, Way); 8] = [
     ("direct", Way::Direct),
     ("forward", Way::Forward),
     ("inbound-redirect", Way::Inbound("redirect")),
@@ -224,6 +242,7 @@ const MODES: [(&str, Way); 7] = [
     ("outbound-connect", Way::Outbound("connect")),
     ("outbound-redirect", Way::Outbound("redirect")),
     ("outbound-tproxy", Way::Outbound("tproxy")),
+    ("takeover", Way::Takeover),
 ];
 const RELAYS: [(&str, ()); 4] = [("auto", ()), ("copy", ()), ("sockmap", ()), ("splice", ())];
 const PROFILES: [(&str, ()); 4] =
@@ -247,35 +266,49 @@ const WORKLOADS: [(&str, Kind); 7] = [
 ];
 const DEFAULT_MODES: [&str; 4] = ["direct", "forward", "inbound-tproxy", "outbound-connect"];
 const DEFAULT_PEERS: [&str; 1] = ["haproxy"];
-const DEFAULT_WORKLOADS: [&str; 6] =
-    ["pingpong-1", "pingpong-64", "pingpong-1000", "connections-64", "bulk-1", "idle-1000"];
-const CONNECTIONS_MAX: usize = 16_000;
+const DEFAULT_WORKLOADS: [&str; 7] = [
+    "pingpong-1",
+    "pingpong-64",
+    "pingpong-64@20000",
+    "pingpong-1000",
+    "connections-64",
+    "bulk-1",
+    "idle-1000",
+];
+const CONNECTIONS_MAX: usize = 32_000;
 
 #[cfg(test)]
 mod tests {
-    use super::{Workload, select};
+    use super::{Asked, Selection, Workload, select};
 
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
+    /// Modes, relays, profiles, peers, workloads.
+    fn selected(words: [&str; 5]) -> anyhow::Result<Selection> {
+        let lists = words
+            .map(|text| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() });
+        let [modes, relays, profiles, peers, workloads] = &lists;
+        select(&Asked { modes, peers, profiles, relays, workers: &[], workloads })
+    }
+
+    fn names(selection: anyhow::Result<Selection>) -> Vec<String> {
+        selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect()
     }
 
     #[test]
     fn any_subset_can_be_named() {
-        let selection =
-            select(&words("direct forward"), &words("copy splice"), &[], &words("nginx"), &[]);
-        let names: Vec<String> =
-            selection.into_iter().flat_map(|all| all.targets).map(|target| target.name).collect();
-        assert_eq!(names, ["direct", "forward/copy", "forward/splice", "nginx"]);
-        let selection = select(&words("forward"), &[], &words("all"), &words("none"), &[]);
-        let targets = selection.map(|all| all.targets).unwrap_or_default();
-        assert_eq!(targets.len(), 4);
-        assert_eq!(targets[1].name, "forward/auto/latency");
+        let selection = selected(["direct forward", "copy splice", "", "nginx", ""]);
+        assert_eq!(names(selection), ["direct", "forward/copy", "forward/splice", "nginx"]);
+        let all = names(selected(["forward", "", "all", "none", ""]));
+        assert_eq!(all.len(), 4);
+        assert_eq!(all[1], "forward/auto/latency");
+        let (modes, peers) = (["forward".to_owned()], ["none".to_owned()]);
+        let asked = Asked { modes: &modes, peers: &peers, workers: &[1, 2], ..Asked::default() };
+        assert_eq!(names(select(&asked)), ["forward/auto/1w", "forward/auto/2w"]);
     }
 
     #[test]
     fn only_who_was_named_may_not_be_left_out() {
         let named = |modes: &str, relays: &str, peers: &str| -> Vec<bool> {
-            let selection = select(&words(modes), &words(relays), &[], &words(peers), &[]);
+            let selection = selected([modes, relays, "", peers, ""]);
             let targets = selection.map(|all| all.targets).unwrap_or_default();
             targets.iter().map(|target| target.is_named).collect()
         };
@@ -288,7 +321,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_said_with_what_was_meant() {
         let refused = |modes: &str, peers: &str, workloads: &str| {
-            let selection = select(&words(modes), &[], &[], &words(peers), &words(workloads));
+            let selection = selected([modes, "", "", peers, workloads]);
             selection.map_or_else(|error| error.to_string(), |_| String::new())
         };
         assert!(refused("", "haprxy", "").contains("did you mean `haproxy`?"));

@@ -59,13 +59,16 @@ pub(crate) const fn columns(unit: &str) -> &'static [&'static str] {
             "bytes_per_second",
             "forwarder_cpu_us_per_unit",
             "system_cpu_us_per_unit",
+            "forwarder_busy",
+            "generator_busy",
             "enters_per_unit",
             "syscalls_per_unit",
+            "conntrack_per_flow",
             "retransmits",
             "fallbacks",
             "errors",
         ],
-        b"flow" => &["user_bytes_per_flow", "slab_bytes_per_flow", "conntrack_entries", "errors"],
+        b"flow" => &["user_bytes_per_flow", "slab_bytes_per_flow", "conntrack_per_flow", "errors"],
         _ => &[
             "per_second",
             "p50_us",
@@ -75,9 +78,11 @@ pub(crate) const fn columns(unit: &str) -> &'static [&'static str] {
             "max_us",
             "forwarder_cpu_us_per_unit",
             "system_cpu_us_per_unit",
+            "forwarder_busy",
+            "generator_busy",
             "enters_per_unit",
             "syscalls_per_unit",
-            "conntrack_entries",
+            "conntrack_per_flow",
             "retransmits",
             "fallbacks",
             "errors",
@@ -90,7 +95,7 @@ fn is_cpu_of_bulk(figure: &Figure, unit: &str) -> bool {
     unit == "GB" && figure.heading.ends_with("CPU µs")
 }
 
-fn heading(figure: &Figure, unit: &str) -> String {
+pub(super) fn heading(figure: &Figure, unit: &str) -> String {
     if is_cpu_of_bulk(figure, unit) {
         return figure.heading.replace("µs", "s/GB");
     }
@@ -150,7 +155,7 @@ pub(crate) fn text(comparison: &Comparison, baseline: &str) -> String {
 /// Without what is told in the report only, and without what is nothing everywhere.
 fn narrow(mut table: Table) -> Table {
     let is_quiet = |table: &Table, column: usize| match table.head[column].as_str() {
-        "p90 µs" | "max µs" => true,
+        "p90 µs" | "max µs" | "forwarder %" | "generator %" => true,
         "fallbacks" | "retransmits" => {
             table.rows.iter().all(|row| matches!(row[column].as_str(), "0" | "-"))
         }
@@ -166,7 +171,7 @@ fn narrow(mut table: Table) -> Table {
 }
 
 /// In columns, words left and numbers right.
-fn aligned(table: &Table) -> String {
+pub(super) fn aligned(table: &Table) -> String {
     let mut text = String::new();
     let all = || std::iter::once(&table.head).chain(&table.rows);
     let width = |column: usize| {
@@ -230,111 +235,21 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
     if disturbed > 0 {
         let all: usize = comparison.cells.iter().map(|cell| cell.rounds.len()).sum();
         sentences.push(format!(
-            "{disturbed} of {all} measurements were disturbed by other load on this machine."
+            "{disturbed} of {all} measurements were disturbed, by other load or by a host that moved the CPUs \
+             apart; where a cell has two others, only those count."
         ));
     }
     sentences
 }
 
-/// Two comparisons, of an older and a newer state, and what that means.
-pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<String>) {
-    let mut text = String::new();
-    let (mut better, mut worse) = (Vec::new(), Vec::new());
-    let (mut equal, mut moved, mut unknown) = (0, 0, 0);
-    let baseline =
-        Some(new.baseline()).filter(|name| old.targets.iter().any(|it| it.name == *name));
-    let mut table = Table {
-        head: ["workload", "target", "figure", "old", "new", "new / old"]
-            .map(str::to_owned)
-            .to_vec(),
-        rows: Vec::new(),
-        workload: String::new(),
-    };
-    for (was, is) in
-        new.cells.iter().filter_map(|is| Some((old.cell(&is.target, &is.workload)?, is)))
-    {
-        for name in COMPARED {
-            let Some(figure) = figure(name) else { continue };
-            let (Some(before), Some(after)) = (was.median(name), is.median(name)) else { continue };
-            let base = baseline.as_deref().filter(|base| *base != is.target);
-            let (of, to) = (against(new, is, base, name), against(old, was, base, name));
-            let ratio = super::statistics::ratio_of_samples(&of, &to);
-            let what = format!("{} of {} under {}", figure.heading, is.target, is.workload);
-            match (ratio.verdict(), figure.is_better_high) {
-                // What everything is held against shows the machine itself.
-                (Verdict::Higher | Verdict::Lower, _) if baseline.as_ref() == Some(&is.target) => {
-                    moved += 1;
-                }
-                (Verdict::Higher, true) | (Verdict::Lower, false) => better.push(what),
-                (Verdict::Lower, true) | (Verdict::Higher, false) => worse.push(what),
-                (Verdict::NoDifference, _) => equal += 1,
-                (Verdict::Unknown, _) => unknown += 1,
-            }
-            let values = [before, after].map(|value| shown(value, figure, &is.unit));
-            let [before, after] = values;
-            let heading = heading(figure, &is.unit);
-            let words = in_words(&ratio);
-            table.rows.push(
-                [is.workload.clone(), is.target.clone(), heading, before, after, words].to_vec(),
-            );
-        }
-    }
-    text.push_str(&aligned(&table));
-    let held =
-        baseline.map_or_else(String::new, |name| format!(" (held against {name} of its own run)"));
-    let few =
-        if unknown > 0 { format!(", too few rounds to tell in {unknown}") } else { String::new() };
-    let machine = match moved {
-        0 => String::new(),
-        _ => format!("; the machine itself moved in {moved}"),
-    };
-    let held = few + &held + &machine;
-    let verdict = match (better.len(), worse.len()) {
-        (0, 0) => format!("verdict: no difference in {equal} figures{held}"),
-        (_, 0) => format!(
-            "verdict: better in {}, worse in none, no difference in {equal}{held}",
-            better.len()
-        ),
-        (_, _) => format!(
-            "verdict: WORSE in {} ({}), better in {}, no difference in {equal}{held}",
-            worse.len(),
-            worse.join("; "),
-            better.len()
-        ),
-    };
-    let _ = writeln!(text, "\n{verdict}");
-    (text, worse)
-}
-
-/// A figure of every round, in parts of the baseline's in the same round if there is one: absolute
-/// figures move with the machine.
-fn against(comparison: &Comparison, cell: &Cell, baseline: Option<&str>, name: &str) -> Vec<f64> {
-    let values = cell.values(name);
-    let base = baseline.and_then(|name| comparison.cell(name, &cell.workload));
-    let pairs = base.map(|base| cell.pairs(base, name)).unwrap_or_default();
-    if pairs.is_empty() {
-        return values;
-    }
-    pairs.into_iter().map(|(value, base)| value / base).collect()
-}
-
-/// What decides between an older and a newer state.
-const COMPARED: [&str; 5] = [
-    "per_second",
-    "bytes_per_second",
-    "p99_us",
-    "forwarder_cpu_us_per_unit",
-    "user_bytes_per_flow",
-];
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
 
-    use super::{difference, grouped, summary, text};
+    use super::{grouped, summary, text};
     use crate::compare::result::{Cell, Comparison, Round, TargetAbout};
 
-    fn comparison(rates: &[(&str, [f64; 5])]) -> Comparison {
+    pub(in super::super) fn comparison(rates: &[(&str, [f64; 5])]) -> Comparison {
         let cell = |(target, rates): &(&str, [f64; 5])| Cell {
             rounds: (1..)
                 .zip(rates)
@@ -360,8 +275,8 @@ mod tests {
         }
     }
 
-    const FAST: [f64; 5] = [100.0, 101.0, 99.0, 102.0, 98.0];
-    const SLOW: [f64; 5] = [50.0, 50.5, 49.5, 51.0, 49.0];
+    pub(in super::super) const FAST: [f64; 5] = [100.0, 101.0, 99.0, 102.0, 98.0];
+    pub(in super::super) const SLOW: [f64; 5] = [50.0, 50.5, 49.5, 51.0, 49.0];
 
     #[test]
     fn who_is_first_is_said_and_who_is_equal() {
@@ -379,21 +294,6 @@ mod tests {
             text(&all, "direct").contains("no difference")
                 || text(&all, "a").contains("no difference")
         );
-    }
-
-    #[test]
-    fn an_older_and_a_newer_state_get_a_verdict() {
-        let old = comparison(&[("direct", FAST), ("a", FAST)]);
-        let same = difference(&old, &old);
-        assert!(same.0.contains("verdict: no difference in 2 figures"), "{}", same.0);
-        // The whole machine is slower: that is no difference of `a`.
-        let slower = comparison(&[("direct", SLOW), ("a", SLOW)]);
-        let (text, list) = difference(&old, &slower);
-        assert!(list.is_empty() && text.contains("the machine itself moved in 1"), "{text}");
-        let worse = comparison(&[("direct", FAST), ("a", SLOW)]);
-        let (text, list) = difference(&old, &worse);
-        assert_eq!(list, ["rate /s of a under pingpong-64"]);
-        assert!(text.contains("WORSE in 1"), "{text}");
     }
 
     #[test]

@@ -10,6 +10,8 @@ use anyhow::Result;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use super::steal::Steal;
+use crate::compare::statistics::median;
 use crate::watch::Watched;
 
 /// Counts while a load runs.
@@ -25,6 +27,7 @@ pub(crate) struct Recorder {
     interval_until: Instant,
     intervals: Vec<Interval>,
     latency: Histogram<u64>,
+    steal: Steal,
     took: Duration,
 }
 
@@ -55,6 +58,9 @@ pub(crate) struct Outcome {
     /// What of an open loop was due at the end and not done.
     pub(crate) behind: u64,
     pub(crate) bytes_per_second: f64,
+    /// Of the stretches in which the CPUs were ours.
+    #[serde(default)]
+    pub(crate) calm: Calm,
     pub(crate) connections: usize,
     pub(crate) engine: String,
     pub(crate) errors: u64,
@@ -76,6 +82,19 @@ pub(crate) struct Outcome {
     /// Anonymous memory of the watched process that came for each connection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) watched_bytes_per_connection: Option<f64>,
+}
+
+/// The same without the stretches in which a hypervisor had a CPU of this load: medians of the
+/// others, so that a hiccup of the machine in one of them decides nothing.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Calm {
+    pub(crate) bytes_per_second: f64,
+    pub(crate) p50_us: f64,
+    pub(crate) p90_us: f64,
+    /// 0 if no stretch has enough exchanges to say.
+    pub(crate) p99_us: f64,
+    pub(crate) per_second: f64,
+    pub(crate) seconds: f64,
 }
 
 /// What the load itself cost.
@@ -107,14 +126,20 @@ pub(crate) struct Interval {
     pub(crate) bytes: u64,
     pub(crate) done: u64,
     pub(crate) errors: u64,
+    /// The CPUs were ours all the time.
+    #[serde(default)]
+    pub(crate) is_calm: bool,
     pub(crate) p50_us: f64,
+    #[serde(default)]
+    pub(crate) p90_us: f64,
     pub(crate) p99_us: f64,
     /// Seconds from the begin of the measurement to the end of this stretch.
     pub(crate) until: f64,
 }
 
 impl Recorder {
-    pub(crate) fn new() -> Result<Recorder> {
+    /// `cpus` are those that this load needs for itself.
+    pub(crate) fn new(cpus: &[usize]) -> Result<Recorder> {
         let histogram = || Histogram::new_with_bounds(1, LATENCY_NANOS_MAX, 3);
         Ok(Recorder {
             began: None,
@@ -128,6 +153,7 @@ impl Recorder {
             interval_until: Instant::now(),
             intervals: Vec::new(),
             latency: histogram()?,
+            steal: Steal::of(cpus),
             took: Duration::ZERO,
         })
     }
@@ -136,6 +162,7 @@ impl Recorder {
     pub(crate) fn begin(&mut self, now: Instant) {
         self.began = Some(now);
         self.interval_until = now + INTERVAL;
+        self.steal.more();
     }
 
     /// To be called often: closes a stretch when its time is over.
@@ -188,6 +215,7 @@ impl Recorder {
         let errors_by_kind = named.filter(|(_, count)| *count > 0);
         Outcome {
             bytes_per_second: ratio(self.bytes, seconds),
+            calm: calm(&self.intervals),
             errors: self.errors(),
             errors_by_kind: errors_by_kind
                 .map(|(kind, count)| (kind.word().to_owned(), count))
@@ -207,7 +235,9 @@ impl Recorder {
             bytes: self.interval_bytes,
             done: self.interval_done,
             errors: self.interval_errors,
+            is_calm: !self.steal.more(),
             p50_us: micros(self.interval.value_at_quantile(0.5)),
+            p90_us: micros(self.interval.value_at_quantile(0.9)),
             p99_us: micros(self.interval.value_at_quantile(0.99)),
             until: (now - began).as_secs_f64(),
         });
@@ -260,6 +290,30 @@ impl ErrorKind {
     }
 }
 
+/// What the calm stretches say together; the last one may be too short to say anything.
+#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
+fn calm(intervals: &[Interval]) -> Calm {
+    let before = std::iter::once(0.0).chain(intervals.iter().map(|interval| interval.until));
+    let spans =
+        intervals.iter().zip(before).map(|(interval, before)| (interval, interval.until - before));
+    let calm: Vec<(&Interval, f64)> = spans
+        .filter(|(interval, span)| interval.is_calm && *span > INTERVAL.as_secs_f64() / 2.0)
+        .collect();
+    let each = |of: &dyn Fn(&Interval, f64) -> f64| -> f64 {
+        median(&calm.iter().map(|(interval, span)| of(interval, *span)).collect::<Vec<_>>())
+    };
+    let known = |interval: &&(&Interval, f64)| interval.0.done >= ENOUGH_FOR_P99;
+    let p99: Vec<f64> = calm.iter().filter(known).map(|(interval, _)| interval.p99_us).collect();
+    Calm {
+        bytes_per_second: each(&|interval, span| interval.bytes as f64 / span),
+        p50_us: each(&|interval, _| interval.p50_us),
+        p90_us: each(&|interval, _| interval.p90_us),
+        p99_us: median(&p99),
+        per_second: each(&|interval, span| interval.done as f64 / span),
+        seconds: calm.iter().map(|(_, span)| span).sum(),
+    }
+}
+
 /// Within 1 %, so that it can be written down.
 fn coarse(histogram: &Histogram<u64>) -> Vec<(f64, u64)> {
     let Ok(mut coarse) = Histogram::<u64>::new_with_bounds(1, LATENCY_NANOS_MAX, 2) else {
@@ -296,8 +350,41 @@ fn ratio(count: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
 }
 
+/// So many exchanges have five beyond their 99th percentile.
+pub(crate) const ENOUGH_FOR_P99: u64 = 500;
 /// What takes longer counts as this.
 const LATENCY_NANOS_MAX: u64 = 60_000_000_000;
 const NANOS_PER_MICRO: f64 = 1000.0;
 /// A stretch: long enough that its quantiles mean something.
 const INTERVAL: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::{ENOUGH_FOR_P99, Interval, calm};
+
+    #[test]
+    fn stretches_that_others_had_do_not_count() {
+        let stretch = |number: u32, done, is_calm, p99_us| Interval {
+            done,
+            is_calm,
+            p99_us,
+            until: f64::from(number) / 10.0,
+            ..Interval::default()
+        };
+        let mut list = vec![
+            stretch(1, 1000, true, 50.0),
+            stretch(2, 400, false, 9000.0),
+            stretch(3, 1100, true, 52.0),
+            stretch(4, 1050, true, 51.0),
+        ];
+        // Too short to say anything.
+        list.push(Interval { done: 1, until: 0.41, ..list[0].clone() });
+        let known = calm(&list);
+        assert!((known.per_second - 10_500.0).abs() < 1.0, "{known:?}");
+        assert!((known.p99_us - 51.0).abs() < 0.1, "{known:?}");
+        assert!((known.seconds - 0.3).abs() < 0.001, "{known:?}");
+        list.iter_mut().for_each(|stretch| stretch.done = ENOUGH_FOR_P99 - 1);
+        assert!(calm(&list).p99_us.abs() < 0.001, "too few to know");
+        assert!(calm(&[]).seconds.abs() < 0.001);
+    }
+}

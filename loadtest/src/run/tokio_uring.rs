@@ -31,7 +31,7 @@ pub(super) fn measure(arguments: &Run, watch: Watch, memory: Memory) -> Result<O
     let load = Rc::new(Load {
         churn: if arguments.kind == Kind::Connections { 1 } else { arguments.churn },
         kind: arguments.kind,
-        recorder: RefCell::new(Recorder::new()?),
+        recorder: RefCell::new(Recorder::new(&arguments.watch_cpu)?),
         sizes: arguments.size.clone(),
         think: arguments.think,
         to: arguments.to,
