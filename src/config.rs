@@ -27,7 +27,7 @@ mod workloads;
 pub use registry::{
     Credentials, Layout, Named, Registry, RegistryKind, Zookeeper, is_service_name, registry_file,
 };
-pub use takeover::{Takeover, Wanted};
+pub use takeover::{Protection, Takeover, Wanted};
 
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");

@@ -8,8 +8,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -40,6 +40,7 @@ mod forwarding;
 mod listeners;
 mod looped;
 mod places;
+mod registries;
 mod reload;
 mod routes;
 pub mod rules;
@@ -198,6 +199,8 @@ struct Running {
     /// What others did to the capture.
     rules_lost: RulesLost,
     services: Arc<Services>,
+    /// Set once it serves, if the config wants it.
+    taking_over: OnceLock<TakingOver>,
     workers: Vec<Handle>,
 }
 
@@ -241,7 +244,10 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
     admin.serve(&running);
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
-    let taking_over = api.map(|api| api.serve(&running, mark));
+    if let Some(api) = api {
+        // Empty until now.
+        let _ = running.taking_over.set(api.serve(&running, mark));
+    }
     let home = start::home(&prepared)?;
     // Last of all: what is taken now must be served.
     let capturing = running.captures.then(|| Capturing::install(prepared, &running));
@@ -261,8 +267,7 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
     // systemd may not be there; then there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let reloader = Reloader::new(config, file, home);
-    let interrupted =
-        running.until_over(&mut signals, reloader, capturing.as_mut(), taking_over.as_ref()).await;
+    let interrupted = running.until_over(&mut signals, reloader, capturing.as_mut()).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     checks.abort();
     if let Some(capturing) = capturing.as_ref().filter(|_| !interrupted) {
@@ -294,7 +299,6 @@ impl Running {
         signals: &mut Signals,
         mut reloader: Reloader,
         mut capturing: Option<&mut Capturing>,
-        taking_over: Option<&TakingOver>,
     ) -> bool {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut told = false;
@@ -303,7 +307,7 @@ impl Running {
         let withdraw = async {
             self.bell.notified().await;
             // Before the listeners close, so that nobody is sent to a closed one.
-            if let Some(taking_over) = taking_over.cloned() {
+            if let Some(taking_over) = self.taking_over.get().cloned() {
                 taking_over.withdraw().await;
             }
             withdrawn.notify_one();

@@ -10,16 +10,22 @@ use std::net::SocketAddr;
 use crate::service::Endpoint;
 
 pub use api::router;
-pub use desk::{Change, Desk, Refusal};
+pub use belief::Reason;
+pub use book::Source;
+pub use desk::{Change, Desk, Page, Refusal, RegistryRow};
 pub use file::FileRegistry;
 pub use fixed::FixedRegistry;
 
 mod api;
+mod belief;
+mod book;
 mod desk;
 mod file;
 mod fixed;
+mod kept;
 mod layout;
 mod link;
+mod shelf;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "zookeeper")]
@@ -68,6 +74,11 @@ pub trait Registry: Send {
 
     /// Whether it has said that it holds what was published of `service`.
     fn holds(&self, service: &str) -> bool;
+
+    /// What it says is the word of an operator, and is taken as it is.
+    fn is_beyond_doubt(&self) -> bool {
+        false
+    }
 
     /// What has changed since the last time, of services that are subscribed to.
     fn news(&mut self) -> Vec<Snapshot>;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Failure, Output, print};
 use crate::control::client::{Answer, ask};
-use crate::control::view::{EndpointView, FlowView, ServiceView, Status};
+use crate::control::view::{EndpointView, FlowView, ServiceView, SourceView, Status};
 
 pub(super) fn status(socket: &Path, output: Output, wait: Option<u64>) -> Result<(), Failure> {
     let until = wait.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -43,11 +43,16 @@ pub(super) fn services(socket: &Path, output: Output) -> Result<(), Failure> {
     }
     let services: Vec<ServiceView> = answer.json().map_err(failed)?;
     let mut table = format!(
-        "{:<40} {:<15} {:>9} {:>6} {:>8}\n",
-        "SERVICE", "BALANCE", "ENDPOINTS", "IN USE", "FLOWS"
+        "{:<40} {:<15} {:>9} {:>6} {:>8}  {}\n",
+        "SERVICE", "BALANCE", "ENDPOINTS", "IN USE", "FLOWS", "SAID BY"
     );
-    for ServiceView { balance, endpoints, flows, in_use, name } in &services {
-        let _ = writeln!(table, "{name:<40} {balance:<15} {endpoints:>9} {in_use:>6} {flows:>8}");
+    for ServiceView { balance, endpoints, flows, in_use, name, sources } in &services {
+        let sources: Vec<String> = sources.iter().map(source).collect();
+        let sources = if sources.is_empty() { "-".to_owned() } else { sources.join(", ") };
+        let _ = writeln!(
+            table,
+            "{name:<40} {balance:<15} {endpoints:>9} {in_use:>6} {flows:>8}  {sources}"
+        );
     }
     print(&table)
 }
@@ -59,17 +64,26 @@ pub(super) fn endpoints(socket: &Path, output: Output) -> Result<(), Failure> {
     }
     let endpoints: Vec<EndpointView> = answer.json().map_err(failed)?;
     let mut table = format!(
-        "{:<40} {:<22} {:<10} {:>6} {:<9} {:>8}\n",
-        "SERVICE", "ENDPOINT", "ZONE", "WEIGHT", "STATE", "FLOWS"
+        "{:<40} {:<22} {:<10} {:>6} {:<9} {:>8}  {}\n",
+        "SERVICE", "ENDPOINT", "ZONE", "WEIGHT", "STATE", "FLOWS", "SAID BY"
     );
-    for EndpointView { address, flows, service, state, weight, zone, .. } in &endpoints {
-        let zone = if zone.is_empty() { "-" } else { zone };
+    for EndpointView { address, flows, registry, service, state, weight, zone, .. } in &endpoints {
+        let said = |text: &'_ str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+        let (zone, registry) = (said(zone), said(registry));
         let _ = writeln!(
             table,
-            "{service:<40} {address:<22} {zone:<10} {weight:>6} {state:<9} {flows:>8}"
+            "{service:<40} {address:<22} {zone:<10} {weight:>6} {state:<9} {flows:>8}  {registry}"
         );
     }
     print(&table)
+}
+
+/// `main@17 3s`, and what is wrong with it.
+fn source(source: &SourceView) -> String {
+    let SourceView { age_ms, registry, revision, state, .. } = source;
+    let age = age_ms.map(|age| format!(" {}s", age / 1000)).unwrap_or_default();
+    let state = if state == "heard" { String::new() } else { format!(" {state}") };
+    format!("{registry}@{revision}{age}{state}")
 }
 
 /// Flows in rows, with a head.

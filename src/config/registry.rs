@@ -19,6 +19,22 @@ pub struct Registry {
     pub name: String,
 }
 
+impl Registry {
+    /// Whose word it is, to know it again after a restart; `None` if its word is in the config.
+    #[must_use]
+    pub fn identity(&self) -> Option<String> {
+        match &self.kind {
+            RegistryKind::File(path) => Some(format!("file {}", path.display())),
+            RegistryKind::Static(_) => None,
+            RegistryKind::Zookeeper(Zookeeper { layout, root, servers, .. }) => {
+                let mut servers = servers.clone();
+                servers.sort_unstable();
+                Some(format!("zookeeper {} {root} {}", servers.join(","), layout.word()))
+            }
+        }
+    }
+}
+
 /// A kind of registry, with what it needs.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum RegistryKind {

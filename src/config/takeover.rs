@@ -2,7 +2,7 @@
 //! The `takeover` key of a config.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::claims::{ADDRESS, Claim};
@@ -28,15 +28,42 @@ pub struct Takeover {
     pub outbound: SocketAddr,
     /// After a registry has forgotten this host, so long calls still arrive and are served.
     pub propagation: Duration,
+    /// When a registry is not believed at once; `None` if it always is.
+    pub protect: Option<Protection>,
     /// At least one; the first that knows an address decides about its weight.
     pub registries: Vec<Registry>,
     /// Wanted from the start.
     pub services: Vec<Wanted>,
+    /// A directory for what must outlive this weir; `None` if nothing has to.
+    pub state: Option<PathBuf>,
+}
+
+/// How long a registry is not believed that says nobody is there, or hardly anybody.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Protection {
+    /// A large drop is believed once it has lasted so long.
+    pub drop_for: Duration,
+    /// What is large: more than so much of a list, in one piece.
+    pub drop_percent: usize,
+    /// An empty list is believed once it has lasted so long and nobody answers.
+    pub empty_for: Duration,
+}
+
+impl Takeover {
+    /// How `service` is protected.
+    #[must_use]
+    pub fn protection(&self, service: &str) -> Option<&Protection> {
+        let mut wanted = self.services.iter();
+        let is_off = wanted.any(|wanted| wanted.name == service && !wanted.is_protected);
+        self.protect.as_ref().filter(|_| !is_off)
+    }
 }
 
 /// A service that is wanted from the start.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Wanted {
+    /// Whether `protect` is for it, too.
+    pub is_protected: bool,
     /// An address of its own: whatever comes there is for this service, and nothing is read.
     pub listen: Option<SocketAddr>,
     /// As its registry calls it.
@@ -77,6 +104,9 @@ pub(super) fn takeover(
     let manner = service::manner(&mut section, mistakes);
     let propagation = section.number("propagation_ms", 0..=PROPAGATION_MS_MAX, mistakes);
     let propagation = Duration::from_millis(propagation.unwrap_or(PROPAGATION_MS));
+    let protect = protection(&mut section, mistakes);
+    let state = section.parsed::<PathBuf>("state", "a path", mistakes);
+    let state = state.map(|state| directory.unwrap_or(Path::new("")).join(state));
     let registries = registries(&mut section, directory, mistakes);
     let services = wanted(&mut section, claims, mistakes);
     section.finish(mistakes);
@@ -88,9 +118,30 @@ pub(super) fn takeover(
         manner,
         outbound,
         propagation,
+        protect,
         registries,
         services,
+        state,
     }
+}
+
+/// `off`, or a map of what to do.
+fn protection(section: &mut Section, mistakes: &mut Mistakes) -> Option<Protection> {
+    let node = section.take("protect");
+    if node.as_ref().is_some_and(|node| node.text() == Some("off")) {
+        return None;
+    }
+    let mut section = Section::open(node, &section.path("protect"), mistakes);
+    let mut number = |key, range, usual| section.number(key, range, mistakes).unwrap_or(usual);
+    let empty = number("empty_ms", 0..=PROTECT_MS_MAX, EMPTY_MS);
+    let drop = number("drop_ms", 0..=PROTECT_MS_MAX, DROP_MS);
+    let percent = number("drop_percent", 1..=100, DROP_PERCENT);
+    section.finish(mistakes);
+    Some(Protection {
+        drop_for: Duration::from_millis(drop),
+        drop_percent: usize::try_from(percent).unwrap_or(100),
+        empty_for: Duration::from_millis(empty),
+    })
 }
 
 /// What a registry may hold: never loopback, a wildcard, or an address of one link only.
@@ -110,13 +161,14 @@ fn wanted(section: &mut Section, claims: &mut Vec<Claim>, mistakes: &mut Mistake
         let mut section = Section::open(Some(item), &path, mistakes);
         let name = service_name(&mut section, mistakes);
         let listen = section.parsed::<SocketAddr>("listen", ADDRESS, mistakes);
+        let is_protected = section.word("protect", &SWITCH, mistakes).unwrap_or(true);
         section.finish(mistakes);
         let Some(name) = name else { continue };
         if found.iter().any(|other| other.name == name) {
             mistakes.add(place, &path, format!("the service {name} is there twice"));
         }
         claims.extend(listen.map(|listen| Claim::new(&path, place, listen)));
-        found.push(Wanted { listen, name });
+        found.push(Wanted { is_protected, listen, name });
     }
     found
 }
@@ -127,6 +179,12 @@ const APP_PORT: u16 = 12_200;
 const INBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 12_201);
 /// The SDKs of SOFA dial this port whatever they are told.
 const OUTBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 12_220);
+const SWITCH: [(&str, bool); 2] = [("off", false), ("on", true)];
+/// A provider that restarts is back sooner, and so is a registry.
+const EMPTY_MS: u64 = 30_000;
+const DROP_MS: u64 = 10_000;
+const DROP_PERCENT: u64 = 70;
+const PROTECT_MS_MAX: u64 = 3_600_000;
 /// What consumers need to hear of it, and then some.
 const PROPAGATION_MS: u64 = 5_000;
 const PROPAGATION_MS_MAX: u64 = 60_000;

@@ -18,8 +18,9 @@ use axum::routing::{get, post};
 use tokio::net::unix::SocketAddr as UnixAddr;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
-use super::services::{endpoint_views, service_views};
-use super::view::{EndpointView, FlowView, Status};
+use super::services::{endpoint_views, name_registries, service_views};
+use super::takeover::TakingOver;
+use super::view::{EndpointView, FlowView, SourceView, Status};
 use super::{RunError, Running, exposition};
 use crate::config::Admin;
 use crate::service::Table;
@@ -179,19 +180,30 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
         counted: running.counted.counts(),
         fallbacks: fallbacks.chain(running.fallback).collect(),
         losses: running.records.iter().map(|records| records.losses()).collect(),
+        registries: running.taking_over.get().map(TakingOver::rows).unwrap_or_default(),
         rules_lost: running.rules_lost.counts(),
     };
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
 }
 
 async fn endpoints(State(running): State<Arc<Running>>) -> impl IntoResponse {
-    let (_, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
+    let (table, mut endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
+    if let Some(taking_over) = running.taking_over.get() {
+        name_registries(&table, &mut endpoints, taking_over);
+    }
     Ok::<_, Refusal>(axum::Json(endpoints))
 }
 
 async fn services(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let (table, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
-    Ok::<_, Refusal>(axum::Json(service_views(&table, &endpoints)))
+    let mut services = service_views(&table, &endpoints);
+    if let Some(taking_over) = running.taking_over.get() {
+        for service in &mut services {
+            let sources = taking_over.sources(&service.name);
+            service.sources = sources.into_iter().map(SourceView::from).collect();
+        }
+    }
+    Ok::<_, Refusal>(axum::Json(services))
 }
 
 /// The endpoints of the table that the workers go by, and that table.

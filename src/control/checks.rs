@@ -103,6 +103,18 @@ pub(super) async fn answers(addr: SocketAddr, within: Duration, mark: Option<u32
     matches!(connected, Ok(Ok(_)))
 }
 
+/// Whether a connection is accepted there and stays for a moment: a weir whose application is gone
+/// accepts, and hangs up.
+pub(super) async fn stays(addr: SocketAddr, mark: Option<u32>) -> bool {
+    let connected = tokio::time::timeout(PROBE_WITHIN, connect(addr, mark)).await;
+    let Ok(Ok(stream)) = connected else { return false };
+    // Who speaks first is there, too.
+    match tokio::time::timeout(STAYS_FOR, stream.peek(&mut [0])).await {
+        Ok(said) => said.is_ok_and(|bytes| bytes > 0),
+        Err(_) => true,
+    }
+}
+
 async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if let Some(mark) = mark {
@@ -117,5 +129,7 @@ const TURNS_AFTER: u8 = 2;
 const PROBES_MAX: usize = 64;
 /// An endpoint on the same continent answers far sooner.
 const PROBE_WITHIN: Duration = Duration::from_secs(1);
+/// A weir that cannot reach its application on the same host knows far sooner.
+const STAYS_FOR: Duration = Duration::from_millis(300);
 const LOOK: Duration = Duration::from_millis(20);
 const IDLE_LOOK: Duration = Duration::from_millis(500);

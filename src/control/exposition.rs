@@ -12,11 +12,13 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
+use super::registries::Registries;
 use super::tracking::Counts;
 use crate::capture::{Losses, Part};
 use crate::metrics::{Counter, Counters, Denied, Origin, Outcome};
 use crate::op::{CloseReason, Fall, Relay};
 use crate::ring::Fallback;
+use crate::takeover::RegistryRow;
 
 /// The counters of all workers as text.
 pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
@@ -30,6 +32,7 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
     totals.families.extend(tracking(extra.counted));
     let mut registry = Registry::with_prefix("weir");
     registry.register_collector(Box::new(totals));
+    registry.register_collector(Box::new(Registries(extra.registries)));
     let mut text = String::new();
     // Writing to a string cannot fail; what a collector could not say would be missing.
     let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -45,6 +48,8 @@ pub(super) struct Extra {
     pub(super) fallbacks: Vec<Fallback>,
     /// At each connect hook.
     pub(super) losses: Vec<Losses>,
+    /// Of takeover.
+    pub(super) registries: Vec<RegistryRow>,
     /// Parts of the capture that others took away.
     pub(super) rules_lost: Vec<(Part, u64)>,
 }

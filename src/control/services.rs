@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use super::takeover::TakingOver;
 use super::view::{EndpointView, ServiceView};
 use crate::config::Forward;
 use crate::service::{Directory, EndpointId, Service, ServiceId, Table, Tally, Update};
@@ -108,6 +109,7 @@ pub(super) fn endpoint_views(table: &Table, tallies: &[Vec<Tally>]) -> Vec<Endpo
                 address: member.endpoint.addr.to_string(),
                 ejected_by,
                 flows,
+                registry: String::new(),
                 service: service.name.to_string(),
                 state: state.to_owned(),
                 weight: member.endpoint.weight,
@@ -117,6 +119,22 @@ pub(super) fn endpoint_views(table: &Table, tallies: &[Vec<Tally>]) -> Vec<Endpo
         service.members().iter().map(view).collect()
     };
     table.services().flat_map(views).collect()
+}
+
+/// Says of each endpoint which registry it is from.
+pub(super) fn name_registries(
+    table: &Table,
+    endpoints: &mut [EndpointView],
+    taking_over: &TakingOver,
+) {
+    for service in table.services() {
+        let origins = taking_over.origins(&service.name);
+        for endpoint in endpoints.iter_mut().filter(|one| one.service == *service.name) {
+            let addr = endpoint.address.parse().ok();
+            let origin = addr.and_then(|addr| origins.get(&addr));
+            endpoint.registry = origin.cloned().unwrap_or_default();
+        }
+    }
 }
 
 /// Every service of `table`, with sums over its endpoints.
@@ -135,6 +153,7 @@ pub(super) fn service_views(table: &Table, endpoints: &[EndpointView]) -> Vec<Se
             flows,
             in_use,
             name: service.name.to_string(),
+            sources: Vec::new(),
         }
     };
     table.services().map(view).collect()

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use crate::config::{
     Captured, Config, Credentials, Destinations, Forward, Inbound, InboundCapture, Named,
-    Namespace, OnChange, OnExit, Outbound, OutboundCapture, ProxyProtocol, Reach, Registry,
-    RegistryKind, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
+    Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection, ProxyProtocol, Reach,
+    Registry, RegistryKind, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -164,6 +164,10 @@ fn takeover(takeover: &Takeover) -> Value {
         "app_port": takeover.app_port,
         "propagation_ms": profile::millis(takeover.propagation),
     });
+    shown["protect"] = takeover.protect.as_ref().map_or("off".into(), protection);
+    if let Some(state) = &takeover.state {
+        shown["state"] = state.display().to_string().into();
+    }
     if let Some(advertise) = takeover.advertise {
         shown["advertise"] = advertise.to_string().into();
     }
@@ -181,11 +185,20 @@ fn takeover(takeover: &Takeover) -> Value {
     shown["registries"] = takeover.registries.iter().map(registry).collect();
     let wanted = |wanted: &Wanted| {
         let listen = wanted.listen.map(|listen| ("listen", listen.to_string()));
-        let pairs = [("name", wanted.name.clone())].into_iter().chain(listen);
+        let off = (!wanted.is_protected).then(|| ("protect", "off".to_owned()));
+        let pairs = [("name", wanted.name.clone())].into_iter().chain(listen).chain(off);
         pairs.map(|(key, value)| (key.to_owned(), Value::from(value))).collect::<Value>()
     };
     shown["services"] = takeover.services.iter().map(wanted).collect();
     shown
+}
+
+fn protection(protection: &Protection) -> Value {
+    json!({
+        "empty_ms": profile::millis(protection.empty_for),
+        "drop_percent": protection.drop_percent,
+        "drop_ms": profile::millis(protection.drop_for),
+    })
 }
 
 fn zookeeper(name: &str, settings: &Zookeeper) -> Value {
@@ -319,7 +332,9 @@ takeover:
     - { name: lab, kind: file, path: /tmp/services.yaml }
     - { name: keeper, kind: zookeeper, servers: ["10.0.0.9:2181", "zk.example:2181"], layout: dubbo, root: /d, user: u, password_file: /p, session_timeout_ms: 5000 }
   propagation_ms: 1000
-  services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1" }]
+  protect: { empty_ms: 1000, drop_percent: 50, drop_ms: 2000 }
+  state: /var/lib/weir
+  services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1", protect: off }]
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;
 

@@ -2,8 +2,8 @@
 //! From a config to running workers. Everything that can be refused is refused before anything
 //! is changed.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Notify, watch};
 
@@ -108,6 +108,7 @@ pub(super) fn start(
         records,
         rules_lost: capturing::RulesLost::default(),
         services,
+        taking_over: OnceLock::new(),
         workers,
     })
 }

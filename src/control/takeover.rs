@@ -4,18 +4,20 @@
 
 #![expect(clippy::disallowed_types, reason = "no worker comes here, and nobody waits inside")]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use super::services::Services;
 use super::{RunError, Running, checks};
 use crate::config::{Config, Takeover};
 use crate::service::{Balance, Endpoint, Manner, ServiceId};
-use crate::takeover::{Change, Desk, router};
+use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
 
 /// The application API, open and not served yet: whoever asks waits.
 pub(super) struct Bound {
@@ -75,6 +77,8 @@ impl Bound {
             TakingOver { desk: Arc::clone(&desk), services: Arc::clone(&running.services) };
         tokio::spawn(axum::serve(listener, router(desk)).into_future());
         tokio::spawn(taking_over.clone().carry(manner));
+        tokio::spawn(taking_over.clone().keep());
+        tokio::spawn(taking_over.clone().settle(mark));
         tokio::spawn(taking_over.clone().watch(Arc::downgrade(running), mark));
         taking_over
     }
@@ -100,6 +104,49 @@ impl TakingOver {
             tokio::time::sleep(LOOK_EVERY).await;
         }
         tokio::time::sleep(propagation).await;
+    }
+
+    /// How it goes with each registry.
+    pub(super) fn rows(&self) -> Vec<RegistryRow> {
+        self.lock().rows()
+    }
+
+    /// Who has said something of `service`.
+    pub(super) fn sources(&self, service: &str) -> Vec<Source> {
+        self.lock().sources(service)
+    }
+
+    /// Which registry names each address of `service`, the first of several.
+    pub(super) fn origins(&self, service: &str) -> BTreeMap<SocketAddr, String> {
+        self.lock().origins(service)
+    }
+
+    /// Puts on disk what must outlive this weir, soon after it has changed.
+    async fn keep(self) {
+        loop {
+            tokio::time::sleep(KEEP_EVERY).await;
+            let pages = self.lock().pages();
+            if !pages.is_empty() {
+                // The disk may be slow, and the control thread has others to serve.
+                let write = move || pages.iter().for_each(Page::write);
+                let _ = tokio::task::spawn_blocking(write).await;
+            }
+        }
+    }
+
+    /// Looks whether the endpoints that a registry names no more are really gone.
+    async fn settle(self, mark: Option<u32>) {
+        loop {
+            tokio::time::sleep(SETTLE_EVERY).await;
+            let suspects = self.lock().suspects();
+            for (registry, service, addrs) in suspects {
+                let look = |addr| checks::stays(addr, mark);
+                let looks: JoinSet<bool> = addrs.into_iter().take(SUSPECTS_MAX).map(look).collect();
+                if !looks.join_all().await.contains(&true) {
+                    self.lock().settle(registry, &service);
+                }
+            }
+        }
     }
 
     async fn carry(self, manner: Manner) {
@@ -150,6 +197,11 @@ impl TakingOver {
 
 /// How calls from outside appear among the services.
 pub(super) const APPLICATION: &str = "takeover.inbound";
+/// What was asked for within this time before a crash may have to be asked for again.
+const KEEP_EVERY: Duration = Duration::from_millis(100);
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
+/// Endpoints of one service that are looked at; one that answers is enough.
+const SUSPECTS_MAX: usize = 64;
 /// Pushes that come closer than this are one change.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A registry that does not answer forgets by itself when the session ends.

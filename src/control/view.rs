@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::takeover::Source;
 use crate::worker::FlowRow;
 
 /// The answer to `/status`.
@@ -37,6 +38,9 @@ pub struct EndpointView {
     pub ejected_by: usize,
     /// Open, of all workers.
     pub flows: u64,
+    /// The registry it is from; empty if it stands in the config.
+    #[serde(default)]
+    pub registry: String,
     /// Whose endpoint it is.
     pub service: String,
     /// `in_use`, `ejected` (by a worker), `unhealthy` (by active checks) or `drained` (weight 0).
@@ -60,6 +64,43 @@ pub struct ServiceView {
     pub in_use: usize,
     /// Unique.
     pub name: String,
+    /// Registries that have said something of it.
+    #[serde(default)]
+    pub sources: Vec<SourceView>,
+}
+
+/// What a registry has to do with a service.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct SourceView {
+    /// Since it said so; absent if it was in an earlier life of weir.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub age_ms: Option<u64>,
+    /// How many endpoints it is believed to know.
+    pub endpoints: usize,
+    /// Its name.
+    pub registry: String,
+    /// Its own count of changes.
+    pub revision: u64,
+    /// `heard`, `kept` (on disk, from an earlier life), `doubted_empty` or `doubted_drop` (it says
+    /// otherwise now and is not believed).
+    pub state: String,
+}
+
+impl From<Source> for SourceView {
+    fn from(source: Source) -> SourceView {
+        let state = match (source.doubt, source.age) {
+            (Some(reason), _) => format!("doubted_{}", reason.word()),
+            (None, Some(_)) => "heard".to_owned(),
+            (None, None) => "kept".to_owned(),
+        };
+        SourceView {
+            age_ms: source.age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            endpoints: source.providers,
+            registry: source.registry,
+            revision: source.revision,
+            state,
+        }
+    }
 }
 
 /// A flow, as `/flows` lists it.

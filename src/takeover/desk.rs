@@ -7,12 +7,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
+use super::belief::Reason;
+use super::book::{Book, Source};
+use super::kept::{self, Asked, Journal};
 use super::link::Remote;
+use super::shelf::Shelf;
 #[cfg(feature = "zookeeper")]
 use super::zookeeper;
-use super::{FileRegistry, FixedRegistry, Provider, Registry, Snapshot};
+use super::{FileRegistry, FixedRegistry, Provider, Registry, Snapshot, Standing};
 use crate::config::{RegistryKind, Takeover, is_service_name};
 use crate::service::Endpoint;
 
@@ -20,6 +26,7 @@ use crate::service::Endpoint;
 pub struct Desk {
     /// By name: applications that have said who they are.
     applications: BTreeSet<String>,
+    book: Book,
     config: Takeover,
     /// What the table of services does not know yet.
     changes: Vec<Change>,
@@ -31,8 +38,31 @@ pub struct Desk {
     /// By service: what this host provides.
     publications: BTreeMap<String, Publication>,
     registries: Vec<Box<dyn Registry>>,
-    /// By service: the last word of each registry.
-    subscriptions: BTreeMap<String, Vec<Option<Snapshot>>>,
+    /// Where what must outlive this weir goes.
+    shelf: Option<Shelf>,
+    /// What applications have asked for is not on disk yet.
+    to_keep: bool,
+}
+
+/// Something for the disk.
+#[derive(Debug)]
+pub struct Page {
+    shelf: Shelf,
+    name: String,
+    value: Value,
+}
+
+/// A registry, for metrics and tables.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RegistryRow {
+    /// Times a list that became empty, or lost most of itself, was not believed at once.
+    pub doubted: [(&'static str, u64); Reason::ALL.len()],
+    /// Its name.
+    pub name: String,
+    /// Publications that it has said it holds.
+    pub published: usize,
+    /// How it goes with it.
+    pub standing: Standing,
 }
 
 /// What the table of services must learn.
@@ -93,44 +123,89 @@ struct Health {
 }
 
 impl Desk {
-    /// With the registries of a config, in a weir that listens on these ports. What is wanted from the start is subscribed to.
+    /// With the registries of a config, in a weir that listens on these ports. What is wanted from
+    /// the start is subscribed to, and what applications asked for in an earlier life.
     #[must_use]
     pub fn new(config: Takeover, own_ports: Vec<u16>) -> Desk {
-        let registry = |one: &crate::config::Registry| -> Box<dyn Registry> {
-            match &one.kind {
-                RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
-                RegistryKind::Static(services) => Box::new(FixedRegistry::new(&one.name, services)),
-                #[cfg(feature = "zookeeper")]
-                RegistryKind::Zookeeper(settings) => {
-                    let settings = settings.clone();
-                    Box::new(Remote::spawn(&one.name, |link| zookeeper::run(link, settings)))
-                }
-                #[cfg(not(feature = "zookeeper"))]
-                RegistryKind::Zookeeper(_) => Box::new(FixedRegistry::new(&one.name, &[])),
-            }
-        };
-        let registries = config.registries.iter().map(registry).collect();
-        let wanted: Vec<String> = config.services.iter().map(|one| one.name.clone()).collect();
+        let shelf = config.state.as_deref().map(Shelf::new);
+        let kept = config.registries.iter().map(|one| kept_of(one, shelf.as_ref()));
         let mut desk = Desk {
             applications: BTreeSet::new(),
-            config,
+            book: Book::new(kept.collect()),
             changes: Vec::new(),
             health: Health::default(),
             is_leaving: false,
             own_ports,
             publications: BTreeMap::new(),
-            registries,
-            subscriptions: BTreeMap::new(),
+            registries: config.registries.iter().map(registry).collect(),
+            config,
+            shelf,
+            to_keep: false,
         };
+        let wanted: Vec<String> = desk.config.services.iter().map(|one| one.name.clone()).collect();
         wanted.iter().for_each(|name| desk.enter(name));
+        desk.replay();
         desk.hear();
         desk
+    }
+
+    /// What applications asked for in an earlier life.
+    fn replay(&mut self) {
+        let page = self.shelf.as_ref().and_then(|shelf| read(shelf, JOURNAL, Journal::IDENTITY));
+        let journal = page.map(Journal::read).unwrap_or_default();
+        self.applications.extend(journal.applications.into_iter().take(APPLICATIONS_MAX));
+        for Asked { parameters, port, service } in journal.publications {
+            if let Err(refusal) = self.publish(&service, Some(port), &parameters) {
+                tracing::warn!(
+                    service,
+                    "what was published before is not published again: {refusal}"
+                );
+            }
+        }
+        for service in journal.subscriptions {
+            // Refused now, refused when it is asked for again.
+            let _ = self.subscribe(&service);
+        }
+        self.to_keep = false;
+    }
+
+    /// What has to go to the disk, if anything has changed since the last time.
+    pub fn pages(&mut self) -> Vec<Page> {
+        let Some(shelf) = self.shelf.clone() else { return Vec::new() };
+        let page = |name: &str, value| Page { name: name.to_owned(), shelf: shelf.clone(), value };
+        let mut pages = Vec::new();
+        if std::mem::take(&mut self.to_keep) {
+            pages.push(page(JOURNAL, self.journal().page()));
+        }
+        for (index, one) in self.config.registries.iter().enumerate() {
+            let Some(identity) = one.identity() else { continue };
+            if let Some(snapshots) = self.book.take_news(index) {
+                let value = kept::snapshots_page(&identity, snapshots.into_iter());
+                pages.push(page(&file_of(&one.name), value));
+            }
+        }
+        pages
+    }
+
+    fn journal(&self) -> Journal {
+        let asked = |(service, one): (&String, &Publication)| Asked {
+            parameters: one.provider.parameters.clone(),
+            port: one.port,
+            service: service.clone(),
+        };
+        let is_wanted = |name: &str| self.config.services.iter().any(|one| one.name == name);
+        let subscriptions = self.book.services().filter(|name| !is_wanted(name));
+        Journal {
+            applications: self.applications.iter().cloned().collect(),
+            publications: self.publications.iter().map(asked).collect(),
+            subscriptions: subscriptions.map(str::to_owned).collect(),
+        }
     }
 
     /// An application says who it is. Again, or another one beside it: nothing is lost.
     pub fn configure(&mut self, application: &str) {
         if self.applications.len() < APPLICATIONS_MAX {
-            self.applications.insert(application.to_owned());
+            self.to_keep |= self.applications.insert(application.to_owned());
         }
     }
 
@@ -177,6 +252,7 @@ impl Desk {
             self.health = Health::default();
             self.changes.push(Change::Application(app));
         }
+        self.to_keep = true;
         let publication = Publication { port, provider };
         self.publications.insert(service.to_owned(), publication);
         self.register();
@@ -186,18 +262,21 @@ impl Desk {
     /// It provides `service` no more.
     pub fn unpublish(&mut self, service: &str) {
         if self.publications.remove(service).is_some() {
+            self.to_keep = true;
             self.registries.iter_mut().for_each(|registry| registry.unpublish(service));
             self.hear();
         }
     }
 
-    /// Withdraws everything, before the end: nobody shall be sent here any more. Says what
-    /// registries on the network have to forget.
+    /// Withdraws everything, before the end: nobody shall be sent here any more. It is not forgotten:
+    /// the next weir here publishes it again. Says what registries on the network have to forget.
     pub fn withdraw(&mut self) -> Vec<String> {
         self.is_leaving = true;
-        let services: Vec<String> = self.publications.keys().cloned().collect();
-        services.iter().for_each(|service| self.unpublish(service));
-        services.into_iter().filter(|service| self.is_held(service)).collect()
+        for service in self.publications.keys() {
+            self.registries.iter_mut().for_each(|registry| registry.unpublish(service));
+        }
+        self.hear();
+        self.publications.keys().filter(|service| self.is_held(service)).cloned().collect()
     }
 
     /// Some registry still holds what was published of `service`.
@@ -213,7 +292,7 @@ impl Desk {
     ///
     /// It cannot be subscribed to.
     pub fn subscribe(&mut self, service: &str) -> Result<Vec<String>, Refusal> {
-        self.check(service, self.subscriptions.len(), self.subscriptions.contains_key(service))?;
+        self.check(service, self.book.len(), self.book.has(service))?;
         self.enter(service);
         self.hear();
         let mut told: Vec<String> = Vec::new();
@@ -229,9 +308,10 @@ impl Desk {
     /// It does so no more. What the config wants stays.
     pub fn unsubscribe(&mut self, service: &str) {
         let is_wanted = self.config.services.iter().any(|one| one.name == service);
-        if is_wanted || self.subscriptions.remove(service).is_none() {
+        if is_wanted || !self.book.remove(service) {
             return;
         }
+        self.to_keep = true;
         self.registries.iter_mut().for_each(|registry| registry.unsubscribe(service));
         self.changes.push(Change::Gone(service.to_owned()));
     }
@@ -240,7 +320,7 @@ impl Desk {
     #[must_use]
     pub fn known(&self) -> BTreeMap<&str, Vec<String>> {
         let texts = |name: &str| self.providers(name).iter().map(Provider::text).collect();
-        self.subscriptions.keys().map(|name| (name.as_str(), texts(name))).collect()
+        self.book.services().map(|name| (name, texts(name))).collect()
     }
 
     /// Every service that this host provides, and whether the registries know.
@@ -288,49 +368,109 @@ impl Desk {
     }
 
     fn enter(&mut self, service: &str) {
-        if self.subscriptions.contains_key(service) {
+        if self.book.has(service) {
             return;
         }
-        self.subscriptions.insert(service.to_owned(), vec![None; self.registries.len()]);
+        self.to_keep = true;
+        self.book.enter(service);
         self.registries.iter_mut().for_each(|registry| registry.subscribe(service));
         // It is known by name from now on, if only to have no endpoint.
-        self.changes.push(Change::Service { endpoints: Vec::new(), name: service.to_owned() });
+        self.note_change(service);
     }
 
     fn hear(&mut self) {
+        let now = Instant::now();
         let mut changed = BTreeSet::new();
         for (index, registry) in self.registries.iter_mut().enumerate() {
             for snapshot in registry.news() {
                 let service = snapshot.service.clone();
-                let places = self.subscriptions.get_mut(&service);
-                let Some(place) = places.and_then(|places| places.get_mut(index)) else { continue };
-                if place.as_ref().is_none_or(|old| old.providers != snapshot.providers) {
+                let rules = self.config.protection(&service);
+                let rules = rules.filter(|_| !registry.is_beyond_doubt());
+                if self.book.hear(index, snapshot, rules, now) {
                     changed.insert(service);
                 }
-                *place = Some(snapshot);
             }
         }
-        for name in changed {
-            let endpoints = self.providers(&name).into_iter().map(|one| one.endpoint).collect();
-            self.changes.push(Change::Service { endpoints, name });
+        if let Some(rules) = &self.config.protect {
+            let registries = &self.registries;
+            let answers = |index: usize| answers(registries, index);
+            changed.extend(self.book.ripen(rules, answers, now));
         }
+        changed.iter().for_each(|service| self.note_change(service));
+    }
+
+    /// Endpoints of lists that became empty and stayed so, with registry and service: are they really
+    /// gone? Whoever has looked says it with `settle`.
+    #[must_use]
+    pub fn suspects(&self) -> Vec<(usize, String, Vec<SocketAddr>)> {
+        let Some(rules) = &self.config.protect else { return Vec::new() };
+        let mut suspects = self.book.suspects(rules, Instant::now());
+        suspects.retain(|(registry, ..)| answers(&self.registries, *registry));
+        suspects
+    }
+
+    /// They are.
+    pub fn settle(&mut self, registry: usize, service: &str) {
+        if self.book.settle(registry, service, Instant::now()) {
+            tracing::info!(service, "nobody is there any more");
+            self.note_change(service);
+        }
+    }
+
+    /// How it goes with each registry.
+    #[must_use]
+    pub fn rows(&self) -> Vec<RegistryRow> {
+        let mut rows = Vec::with_capacity(self.registries.len());
+        for (index, registry) in self.registries.iter().enumerate() {
+            let counts = self.book.doubted(index);
+            let doubted = Reason::ALL.map(|reason| (reason.word(), counts[reason as usize]));
+            let published = self.publications.keys().filter(|name| registry.holds(name)).count();
+            let name = registry.name().to_owned();
+            rows.push(RegistryRow { doubted, name, published, standing: registry.standing() });
+        }
+        rows
+    }
+
+    /// Who has said something of `service`.
+    #[must_use]
+    pub fn sources(&self, service: &str) -> Vec<Source> {
+        let names = self.registries.iter().map(|registry| registry.name());
+        self.book.sources(service, names, Instant::now())
+    }
+
+    /// Which registry names each address of `service`, the first of several.
+    #[must_use]
+    pub fn origins(&self, service: &str) -> BTreeMap<SocketAddr, String> {
+        let mut origins = BTreeMap::new();
+        for (index, registry) in self.registries.iter().enumerate() {
+            for provider in self.book.providers_of(index, service) {
+                let name = || registry.name().to_owned();
+                origins.entry(provider.endpoint.addr).or_insert_with(name);
+            }
+        }
+        origins
+    }
+
+    fn note_change(&mut self, service: &str) {
+        let endpoints = self.providers(service).into_iter().map(|one| one.endpoint).collect();
+        self.changes.push(Change::Service { endpoints, name: service.to_owned() });
     }
 
     /// Of all registries, each address once; ours for consumers is nobody's endpoint.
     fn providers(&self, service: &str) -> Vec<Provider> {
         let mut seen = BTreeSet::new();
-        let snapshots = self.subscriptions.get(service).into_iter().flatten().flatten();
-        let all = snapshots.flat_map(|snapshot| &snapshot.providers);
         let is_loop = |addr: SocketAddr| {
             addr.port() == self.config.outbound.port() && addr.ip().is_loopback()
         };
-        all.filter(|one| !is_loop(one.endpoint.addr) && seen.insert(one.endpoint.addr))
-            .cloned()
-            .collect()
+        let all = self.book.providers(service);
+        all.filter(|one| !is_loop(one.endpoint.addr) && seen.insert(one.endpoint.addr)).collect()
     }
 
     /// Brings the registries in line with what is wanted and with how the application is.
     fn register(&mut self) {
+        if self.is_leaving {
+            return;
+        }
         for (service, publication) in &self.publications {
             let mut is_taken = false;
             for registry in &mut self.registries {
@@ -355,6 +495,56 @@ impl std::fmt::Debug for Desk {
     }
 }
 
+impl Page {
+    /// Waits for the disk.
+    pub fn write(&self) {
+        if let Err(error) = self.shelf.write(&self.name, &self.value) {
+            tracing::warn!("keep {} in takeover.state: {error}", self.name);
+        }
+    }
+}
+
+fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
+    match &one.kind {
+        RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
+        RegistryKind::Static(services) => Box::new(FixedRegistry::new(&one.name, services)),
+        #[cfg(feature = "zookeeper")]
+        RegistryKind::Zookeeper(settings) => {
+            let settings = settings.clone();
+            Box::new(Remote::spawn(&one.name, |link| zookeeper::run(link, settings)))
+        }
+        #[cfg(not(feature = "zookeeper"))]
+        RegistryKind::Zookeeper(_) => Box::new(FixedRegistry::new(&one.name, &[])),
+    }
+}
+
+fn answers(registries: &[Box<dyn Registry>], index: usize) -> bool {
+    registries.get(index).is_some_and(|registry| registry.standing().is_connected)
+}
+
+fn kept_of(one: &crate::config::Registry, shelf: Option<&Shelf>) -> BTreeMap<String, Snapshot> {
+    let identity = one.identity();
+    let page = shelf
+        .zip(identity)
+        .and_then(|(shelf, identity)| read(shelf, &file_of(&one.name), &identity));
+    page.map(kept::snapshots).unwrap_or_default()
+}
+
+fn read(shelf: &Shelf, name: &str, identity: &str) -> Option<Value> {
+    let page = shelf.read(name, identity);
+    page.unwrap_or_else(|unusable| {
+        tracing::warn!("{name} in takeover.state is not used: {unusable}");
+        None
+    })
+}
+
+/// In which a registry's snapshots are.
+fn file_of(registry: &str) -> String {
+    let letter = |letter: char| if letter.is_alphanumeric() { letter } else { '_' };
+    format!("registry-{}.json", registry.chars().map(letter).collect::<String>())
+}
+
+const JOURNAL: &str = "journal.json";
 /// Failed attempts in a row that withdraw an application.
 const FAILURES_MAX: u32 = 3;
 const APPLICATIONS_MAX: usize = 64;

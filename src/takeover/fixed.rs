@@ -51,6 +51,10 @@ impl Registry for FixedRegistry {
         self.local.contains_key(service)
     }
 
+    fn is_beyond_doubt(&self) -> bool {
+        true
+    }
+
     fn news(&mut self) -> Vec<Snapshot> {
         let changed = std::mem::take(&mut self.changed);
         let mut news = Vec::new();

@@ -182,3 +182,41 @@ fn advertised_address_must_be_one_that_others_reach() {
     let takeover = Config::parse("weir.yaml", None, text).unwrap().takeover.unwrap();
     assert_eq!(takeover.advertise, Some(IpAddr::from([10, 0, 0, 9])));
 }
+
+/// What applications asked for is asked for again by the next weir; what registries said is believed
+/// until they say something.
+#[test]
+fn next_life_goes_on_with_what_was_asked_for_and_said() {
+    let place = tempfile::TempDir::new().unwrap();
+    let file = place.path().join("services.yaml");
+    let entry = "services: [{ name: \"b:1\", endpoints: [\"10.0.0.1:1\"] }]";
+    std::fs::write(&file, entry).unwrap();
+    let text = format!(
+        "  state: \"{}\"\n  registries: [{{ kind: static }}, {{ kind: file, path: \"{}\" }}]",
+        place.path().join("state").display(),
+        file.display(),
+    );
+    let mut first = desk(&text);
+    first.configure("app");
+    first.publish(SERVICE, Some(20_880), "v=1.0").unwrap();
+    first.subscribe("b:1").unwrap();
+    first.pages().iter().for_each(Page::write);
+    assert_eq!(first.pages().len(), 0, "nothing is new");
+    first.withdraw();
+    assert_eq!(first.publish("c:1", None, ""), Err(Refusal::Leaving));
+    first.pages().iter().for_each(Page::write);
+
+    std::fs::remove_file(&file).unwrap();
+    let mut second = desk(&text);
+    assert_eq!(second.applications().collect::<Vec<_>>(), ["app"]);
+    assert_eq!(second.application(), Some(addr("127.0.0.1:20880")));
+    assert_eq!(second.published().collect::<Vec<_>>(), [(SERVICE, false)], "not before it answers");
+    assert_eq!(endpoints(&mut second, "b:1"), Some(vec![addr("10.0.0.1:1")]));
+    second.note_health(true);
+    assert_eq!(second.published().collect::<Vec<_>>(), [(SERVICE, true)]);
+    second.unpublish(SERVICE);
+    second.unsubscribe("b:1");
+    second.pages().iter().for_each(Page::write);
+    let third = desk(&text);
+    assert_eq!((third.published().count(), third.known().len()), (0, 0));
+}

@@ -70,7 +70,7 @@ fn call_goes_through_both_sidecars() {
     let lab = tempfile::TempDir::new().unwrap();
     let registry = lab.path().join("services.yaml");
     let config = format!(
-        "workers: 1\ntakeover: {{ registries: [{{ kind: file, path: \"{}\" }}] }}",
+        "workers: 1\ntakeover: {{ protect: {{ empty_ms: 300 }}, registries: [{{ kind: file, path: \"{}\" }}] }}",
         registry.display()
     );
     let consumer = Weir::run(&net, &config);
@@ -134,7 +134,7 @@ fn call_goes_through_both_sidecars() {
 }
 
 /// A request that comes byte by byte arrives whole, and so does the answer.
-fn exchange(mut client: TcpStream, listener: &TcpListener) {
+pub(crate) fn exchange(mut client: TcpStream, listener: &TcpListener) {
     let request = bolt(SERVICE);
     client.set_nodelay(true).unwrap();
     for byte in &request {

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::harness::{Net, Place, Weir, Zookeeper, until, weir};
-use crate::takeover::{SERVICE, accept, ask, await_endpoints, bolt, service};
+use crate::takeover::{SERVICE, accept, ask, await_endpoints, exchange, service};
 
 const ENSEMBLE: &str = "10.98.2.2:2181";
 /// The roles' ports in every description of this scheme.
@@ -17,17 +18,27 @@ const OUTBOUND: &str = "127.0.0.1:20882";
 
 /// The provider's weir, in the server.
 fn provider(net: &Net) -> Weir {
+    provider_with(net, "")
+}
+
+/// With one more line below `takeover`.
+fn provider_with(net: &Net, line: &str) -> Weir {
     let config = format!(
         "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
-         app_port: 20880\n  propagation_ms: 500\n  registries: [{REGISTRY}]"
+         app_port: 20880\n  propagation_ms: 500\n  registries: [{REGISTRY}]\n  {line}"
     );
     Weir::run_as(net.command(Place::Server, weir()), &config)
 }
 
 /// The consumer's, in the node.
 fn consumer(net: &Net) -> Weir {
+    consumer_with(net, "")
+}
+
+fn consumer_with(net: &Net, line: &str) -> Weir {
     let config = format!(
-        "workers: 1\ntakeover: {{ outbound: \"{OUTBOUND}\", registries: [{REGISTRY}], services: [{{ name: \"{SERVICE}\" }}] }}"
+        "workers: 1\ntakeover:\n  outbound: \"{OUTBOUND}\"\n  registries: [{REGISTRY}]\n  \
+         services: [{{ name: \"{SERVICE}\" }}]\n  {line}"
     );
     Weir::run(net, &config)
 }
@@ -65,21 +76,7 @@ fn registry_holds_the_sidecar_and_never_the_application() {
     let told = told["datas"][0].as_str().unwrap().to_owned();
     assert!(told.starts_with("127.0.0.1:20882?") && told.contains("v=4.0"), "{told}");
 
-    let call = || {
-        let mut client = net.connect(Place::Node, OUTBOUND);
-        client.write_all(&bolt(SERVICE)).unwrap();
-        let mut received = vec![0; bolt(SERVICE).len()];
-        let mut server = loop {
-            let mut server = accept(&listener);
-            if server.read_exact(&mut received).is_ok() {
-                break server;
-            }
-        };
-        server.write_all(b"answer").unwrap();
-        let mut answer = [0; 6];
-        client.read_exact(&mut answer).unwrap();
-    };
-    call();
+    exchange(net.connect(Place::Node, OUTBOUND), &listener);
     provider.signal(Signal::SIGTERM);
     until("it is withdrawn", || zookeeper.ephemerals().is_empty());
     let mut late = net.connect(Place::Node, "10.98.2.2:20881");
@@ -167,20 +164,22 @@ fn publication_outlives_lost_sessions_and_servers() {
     provider.end(&net);
 }
 
-/// CR: killed and started again before its session has ended, it takes its own leaf over; the leaf is
-/// never gone, also when the old session ends.
+/// Killed and started again before its session has ended, it knows what was published and takes its own
+/// leaf over; the leaf is never gone, also when the old session ends, and after a drain it comes back.
 #[test]
 fn restarted_weir_takes_its_own_leaf_over() {
     let net = Net::new();
     let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
-    let first = provider(&net);
+    let state = TempDir::new().unwrap();
+    let line = format!("state: \"{}\"", state.path().display());
+    let first = provider_with(&net, &line);
     application(&net);
     publish(&net);
     until("it is registered", || !zookeeper.ephemerals().is_empty());
+    until("it is on disk", || state.path().join("journal.json").exists());
     let (leaf, owner) = (zookeeper.ephemerals(), zookeeper.owners());
     first.kill();
-    let second = provider(&net);
-    publish(&net);
+    let second = provider_with(&net, &line);
     let is_there = || assert_eq!(zookeeper.ephemerals(), leaf, "never gone");
     until("another session owns it", || {
         is_there();
@@ -193,4 +192,62 @@ fn restarted_weir_takes_its_own_leaf_over() {
     });
     second.end(&net);
     until("it is withdrawn", || zookeeper.ephemerals().is_empty());
+    let third = provider_with(&net, &line);
+    until("withdrawn is not forgotten", || zookeeper.ephemerals() == leaf);
+    third.end(&net);
+}
+
+/// RS8: a registry that has forgotten everything is not believed while the provider answers; a consumer
+/// that starts while there is no registry goes by what it knew; a provider that is really gone is out of
+/// use soon.
+#[test]
+fn registry_that_forgets_is_not_believed_while_the_provider_answers() {
+    let net = Net::new();
+    let mut zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let state = TempDir::new().unwrap();
+    let line = format!("protect: {{ empty_ms: 1000 }}\n  state: \"{}\"", state.path().display());
+    let (provider, consumer) = (provider(&net), consumer_with(&net, &line));
+    application(&net);
+    publish(&net);
+    await_endpoints(&consumer, 1);
+    until("it is on disk", || state.path().join("registry-main.json").exists());
+    // It accepts, and cannot register again.
+    provider.signal(Signal::SIGSTOP);
+    zookeeper.kill();
+    zookeeper.wipe();
+    zookeeper.start();
+    let doubted = ["registry=\"main\"", "reason=\"empty\""];
+    until("the registry is doubted", || {
+        consumer.metric("weir_registry_doubted_total", &doubted) == 1
+    });
+    let source = |weir: &Weir| {
+        let answer = weir.ask("/services").unwrap();
+        let services: serde_json::Value =
+            serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        let services = services.as_array().unwrap().clone();
+        services.into_iter().find(|one| one["name"] == SERVICE).unwrap()["sources"][0].clone()
+    };
+    assert_eq!(source(&consumer)["state"], "doubted_empty");
+    let later = Instant::now() + Duration::from_secs(4);
+    until("it is looked at, several times", || {
+        await_endpoints(&consumer, 1);
+        Instant::now() > later
+    });
+
+    zookeeper.kill();
+    consumer.kill();
+    let consumer = consumer_with(&net, &line);
+    await_endpoints(&consumer, 1);
+    assert_eq!(source(&consumer)["state"], "kept", "{}", source(&consumer));
+    assert_eq!(consumer.metric("weir_registry_connected", &[]), 0);
+    zookeeper.start();
+    until("it is doubted again", || source(&consumer)["state"] == "doubted_empty");
+    await_endpoints(&consumer, 1);
+
+    provider.kill();
+    within(Duration::from_secs(5), "nobody answers there", || {
+        consumer.endpoints().iter().all(|(address, ..)| address.starts_with("127."))
+    });
+    assert_eq!(source(&consumer)["state"], "heard");
+    consumer.end(&net);
 }

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Registries in the OpenMetrics text format: one series for each registry of the config.
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+
+use crate::takeover::RegistryRow;
+
+/// As they are at the moment of asking.
+#[derive(Debug)]
+pub(super) struct Registries(pub(super) Vec<RegistryRow>);
+
+impl Collector for Registries {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        for (name, help, pick) in GAUGES {
+            let kind = ConstGauge::new(0i64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for row in &self.0 {
+                let labels = [("registry", row.name.as_str())];
+                ConstGauge::new(pick(row)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        for (name, help, pick) in COUNTERS {
+            let kind = ConstCounter::new(0u64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for row in &self.0 {
+                let labels = [("registry", row.name.as_str())];
+                ConstCounter::new(pick(row)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Times a registry's word was not taken at once";
+        let kind = ConstCounter::new(0u64).metric_type();
+        let mut family = encoder.encode_descriptor("registry_doubted", help, None, kind)?;
+        for row in &self.0 {
+            for (reason, count) in row.doubted {
+                let labels = [("registry", row.name.as_str()), ("reason", reason)];
+                ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+type Gauge = fn(&RegistryRow) -> i64;
+type Counter = fn(&RegistryRow) -> u64;
+
+/// Name, help, which.
+const GAUGES: [(&str, &str, Gauge); 2] = [
+    ("registry_connected", "1 while the registry answers", |row| {
+        i64::from(row.standing.is_connected)
+    }),
+    ("registry_published", "Services of this host that the registry says it holds", |row| {
+        i64::try_from(row.published).unwrap_or(i64::MAX)
+    }),
+];
+/// Name, help, which.
+const COUNTERS: [(&str, &str, Counter); 3] = [
+    ("registry_failures", "Attempts to connect that failed, and sessions that ended", |row| {
+        row.standing.failures
+    }),
+    ("registry_sessions", "Sessions that began", |row| row.standing.sessions),
+    ("registry_snapshots", "Times it said where a service lives", |row| row.standing.snapshots),
+];
