@@ -15,7 +15,7 @@ from anthunder import BaseService, Client, SockListener
 from mytracer import SpanContext
 
 SERVICE = "com.alipay.test.SampleService:1.0"
-PORT = 20880
+PORT = int(sys.argv[1])
 
 
 class Sample(BaseService):
