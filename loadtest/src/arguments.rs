@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::compare::select::Vary;
 use crate::run::sizes::Sizes;
 use crate::{run, serve};
 
@@ -217,6 +218,9 @@ pub(crate) struct Compare {
     /// Profiles of weir: balanced, latency, many-flows, throughput; or all
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub(crate) profiles: Vec<String>,
+    /// A key of the profile with several values to compare, as ring.spin_us=0,20,50
+    #[arg(long, value_name = "KEY=VALUES")]
+    pub(crate) vary: Option<Vary>,
     /// Workers of weir, each on a CPU of its own as far as there are: 1, or several as 1,2
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) workers: Vec<u32>,
@@ -231,10 +235,10 @@ pub(crate) struct Compare {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=15))]
     pub(crate) rounds: u32,
     /// Seconds of each measurement; what the budget allows if not said
-    #[arg(long, value_parser = clap::value_parser!(f64))]
+    #[arg(long, value_parser = measured)]
     pub(crate) seconds: Option<f64>,
     /// Seconds that all may take
-    #[arg(long, default_value_t = 170.0)]
+    #[arg(long, default_value = "170", value_parser = budget)]
     pub(crate) budget: f64,
     /// Where the result is kept, also when interrupted
     #[arg(long, value_name = "FILE", default_value = "compare.json")]
@@ -278,6 +282,19 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|span| *span <= Duration::from_secs(3600))
         .ok_or_else(|| "must be from 0 to 3600 seconds".to_owned())
+}
+
+fn measured(text: &str) -> Result<f64, String> {
+    within(text, 0.05, 600.0)
+}
+
+fn budget(text: &str) -> Result<f64, String> {
+    within(text, 1.0, 86_400.0)
+}
+
+fn within(text: &str, least: f64, most: f64) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (least..=most).contains(seconds));
+    seconds.ok_or_else(|| format!("must be from {least} to {most} seconds"))
 }
 
 fn milliseconds(text: &str) -> Result<Duration, String> {

@@ -25,7 +25,7 @@ mod machine;
 mod matrix;
 mod programs;
 pub(crate) mod result;
-mod select;
+pub(crate) mod select;
 pub(crate) mod shown;
 pub(crate) mod statistics;
 mod tracking;
@@ -52,9 +52,11 @@ fn here(arguments: &Compare) -> Result<Exit> {
         peers: &arguments.peers,
         profiles: &arguments.profiles,
         relays: &arguments.relays,
+        vary: arguments.vary.as_ref(),
         workers: &arguments.workers,
         workloads: &arguments.workloads,
     })?;
+    check(arguments, &selection)?;
     signals::catch()?;
     let is_loopback = !nix::unistd::geteuid().is_root();
     let mut warnings = Vec::new();
@@ -112,7 +114,30 @@ fn here(arguments: &Compare) -> Result<Exit> {
     comparison.write(&arguments.out)?;
     measured?;
     drop(lab);
+    let is_empty = comparison.cells.is_empty() && !comparison.is_partial;
+    ensure!(!is_empty, "nothing could be measured: the warnings say why");
     finish(arguments, &comparison)
+}
+
+/// What would be found out after all was measured, said before.
+fn check(arguments: &Compare, selection: &Selection) -> Result<()> {
+    if let Some(name) = &arguments.baseline {
+        let names: Vec<&str> = selection.targets.iter().map(|it| it.name.as_str()).collect();
+        let hint = select::nearest(name, &names);
+        let known = names.join(", ");
+        ensure!(
+            names.contains(&name.as_str()),
+            "--baseline {name}: no such target{hint} (there are {known})"
+        );
+    }
+    let allowed = place::allowed_cpus();
+    for (option, cpu) in
+        [("--generator-cpu", arguments.generator_cpu), ("--forwarder-cpu", arguments.forwarder_cpu)]
+    {
+        let is_ours = cpu.is_none_or(|cpu| allowed.contains(&cpu));
+        ensure!(is_ours, "{option}: only CPUs {allowed:?} are allowed here");
+    }
+    Comparison::can_write(&arguments.out)
 }
 
 /// The forwarder's CPU, then those that nobody has, then the generator's.
@@ -208,16 +233,10 @@ fn seconds_each(arguments: &Compare, targets: usize, selection: &Selection, bega
 }
 
 fn finish(arguments: &Compare, comparison: &Comparison) -> Result<Exit> {
-    let baseline = match &arguments.baseline {
-        Some(name) => {
-            let names: Vec<&str> =
-                comparison.targets.iter().map(|target| target.name.as_str()).collect();
-            let hint = select::nearest(name, &names);
-            ensure!(names.contains(&name.as_str()), "--baseline {name}: no such target{hint}");
-            name.clone()
-        }
-        None => comparison.baseline(),
-    };
+    // Who was to be the baseline and could not be started was left out aloud.
+    let asked = arguments.baseline.as_ref();
+    let asked = asked.filter(|name| comparison.targets.iter().any(|it| it.name == **name));
+    let baseline = asked.cloned().unwrap_or_else(|| comparison.baseline());
     match arguments.output {
         Output::Json => print(&format!("{}\n", serde_json::to_string(comparison)?)),
         Output::Table => {

@@ -325,6 +325,10 @@ fn what_cannot_be_compared_is_said_with_its_cure() {
         (&["compare", "--workloads", "bulk"], "as bulk-64"),
         (&["compare", "--force", "--modes", "forward", "--weir", "/nowhere/weir"], "no such file"),
         (&["compare", "--force", "--modes", "none", "--peers", "none"], "nothing to compare"),
+        (&["compare", "--baseline", "haprxy"], "did you mean `haproxy`?"),
+        (&["compare", "--out", "nowhere/x.json"], "--out nowhere/x.json: cannot write there"),
+        (&["compare", "--generator-cpu", "9999"], "--generator-cpu: only CPUs"),
+        (&["compare", "--forwarder-cpu", "9999"], "--forwarder-cpu: only CPUs"),
         (&["compare", "one.json"], "name two results"),
         (&["compare", "one.json", "two.json"], "read one.json"),
         (&["report", "Cargo.toml"], "read Cargo.toml"),
@@ -332,6 +336,10 @@ fn what_cannot_be_compared_is_said_with_its_cure() {
         let output = output(&place, arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
         assert!(said(&output).contains(words), "{arguments:?}: {}", said(&output));
+    }
+    for wrong in [["--seconds", "nan"], ["--budget", "0"], ["--vary", "spin"], ["--workers", "0"]] {
+        let output = output(&place, &[&["compare"][..], &wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {}", said(&output));
     }
     // A peer that is not there: PATH has nothing.
     let output = loadtest(&place)

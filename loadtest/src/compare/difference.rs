@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::result::{Cell, Comparison, Figure, figure};
 use super::shown::{Table, aligned, heading, in_words, shown};
-use super::statistics::{Verdict, median, ratio_of_samples};
+use super::statistics::{NEGLIGIBLE_BETWEEN_RUNS, Verdict, median, ratio_of_samples};
 
 /// What was counted on the way through all cells.
 #[derive(Default)]
@@ -36,7 +36,12 @@ pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<Str
             let base = baseline.filter(|base| *base != is.target);
             let of = against(new, is, base, figure.name);
             let ratio = ratio_of_samples(&of, &against(old, was, base, figure.name));
-            counts.take(figure, is, ratio.verdict(), baseline == Some(is.target.as_str()));
+            counts.take(
+                figure,
+                is,
+                ratio.verdict(NEGLIGIBLE_BETWEEN_RUNS),
+                baseline == Some(is.target.as_str()),
+            );
             if before > 0.0 {
                 let distance = (after / before - 1.0).abs();
                 match apart.iter_mut().find(|(other, _)| other.name == figure.name) {
@@ -46,7 +51,7 @@ pub(crate) fn difference(old: &Comparison, new: &Comparison) -> (String, Vec<Str
             }
             let [before, after] = [before, after].map(|value| shown(value, figure, &is.unit));
             let heading = heading(figure, &is.unit);
-            let words = in_words(&ratio);
+            let words = in_words(&ratio, NEGLIGIBLE_BETWEEN_RUNS);
             rows.push(
                 [is.workload.clone(), is.target.clone(), heading, before, after, words].to_vec(),
             );

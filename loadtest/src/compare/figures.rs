@@ -183,9 +183,9 @@ fn tracked_per_flow(workload: &Workload, outcome: &Outcome) -> f64 {
 
 /// A measurement is disturbed if others had more of it.
 const DISTURBED: f64 = 0.4;
-/// Times further apart than the nearest that was seen. Noise is half of that; another cache is five
-/// times as far.
-const FAR: f64 = 2.0;
+/// Times further apart than the nearest that was seen. Noise is two thirds of that; another cache is
+/// seven times as far.
+const FAR: f64 = 3.0;
 /// CPUs that others may have.
 const OTHERS_CPUS: f64 = 0.1;
 /// In less there is no stretch.

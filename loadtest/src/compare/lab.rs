@@ -79,7 +79,11 @@ impl Lab {
                 // What a kernel does not have, it does not need.
                 let _ = set(namespace, key, value);
             }
-            set(namespace, "net/ipv4/tcp_congestion_control", congestion)?;
+            set(namespace, "net/ipv4/tcp_congestion_control", congestion).with_context(|| {
+                let known = fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control");
+                let known = known.unwrap_or_default();
+                format!("--congestion {congestion}: allowed here are {}", known.trim())
+            })?;
         }
         let add = ["ip", "-n", &far, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0"];
         run(&[&add[..], &["netns", &node]].concat())?;

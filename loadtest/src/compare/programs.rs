@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How each target is started, and how a load reaches it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -239,12 +240,21 @@ fn by_config(
 /// The target's profile, for its workers: `flows_max` is the process's, and the descriptor tables
 /// of few workers may not be large enough for all of it.
 fn shape(target: &Target) -> String {
-    format!(
-        "include: {}\nrelay: {{ mode: {} }}\nlimits: {{ flows_max: {} }}\n",
-        target.profile,
-        target.relay,
-        FLOWS_MAX * target.workers
-    )
+    let mut sections = BTreeMap::from([
+        ("limits", vec![format!("flows_max: {}", FLOWS_MAX * target.workers)]),
+        ("relay", vec![format!("mode: {}", target.relay)]),
+    ]);
+    let set = target.set.as_ref().and_then(|(key, value)| Some((key.split_once('.')?, value)));
+    if let Some(((section, key), value)) = set {
+        let nested = key.rsplit('.').fold(String::new(), |inner, key| match inner.as_str() {
+            "" => format!("{key}: {value}"),
+            inner => format!("{key}: {{ {inner} }}"),
+        });
+        sections.entry(section).or_default().push(nested);
+    }
+    let sections = sections.into_iter();
+    let lines = sections.map(|(name, entries)| format!("{name}: {{ {} }}\n", entries.join(", ")));
+    format!("include: {}\n{}", target.profile, lines.collect::<String>())
 }
 
 /// Not quite all: connections do not fall evenly on workers.

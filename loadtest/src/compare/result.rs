@@ -93,6 +93,13 @@ impl Comparison {
         Ok(comparison)
     }
 
+    /// That it can be written there, before hours of work; an older one stays as it is.
+    pub(crate) fn can_write(path: &Path) -> Result<()> {
+        let beside = path.with_extension("json.new");
+        let made = fs::write(&beside, "").and_then(|()| fs::remove_file(&beside));
+        made.with_context(|| format!("--out {}: cannot write there", path.display()))
+    }
+
     /// Whole or not at all: a reader never sees half a file.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let beside = path.with_extension("json.new");

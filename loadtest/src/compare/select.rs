@@ -43,6 +43,8 @@ pub(crate) struct Target {
     pub(crate) profile: String,
     /// Empty for what is not weir's.
     pub(crate) relay: String,
+    /// A key of the profile, and what it is set to.
+    pub(crate) set: Option<(String, String)>,
     pub(crate) way: Way,
     /// Threads of a weir.
     pub(crate) workers: u32,
@@ -66,6 +68,13 @@ pub(crate) struct Selection {
     pub(crate) workloads: Vec<Workload>,
 }
 
+/// A key of a profile, and the values to try: `ring.spin_us=0,20,50`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Vary {
+    key: String,
+    values: Vec<String>,
+}
+
 /// What was asked for, in words; an empty list is the default.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Asked<'a> {
@@ -73,13 +82,14 @@ pub(crate) struct Asked<'a> {
     pub(crate) peers: &'a [String],
     pub(crate) profiles: &'a [String],
     pub(crate) relays: &'a [String],
+    pub(crate) vary: Option<&'a Vary>,
     pub(crate) workers: &'a [u32],
     pub(crate) workloads: &'a [String],
 }
 
 /// Makes the matrix; without any word, the default one.
 pub(crate) fn select(asked: &Asked<'_>) -> Result<Selection> {
-    let Asked { modes, peers, profiles, relays, workers, workloads } = *asked;
+    let Asked { modes, peers, profiles, relays, vary, workers, workloads } = *asked;
     let is_asked = !modes.is_empty();
     let modes = listed("mode", modes, &MODES, &DEFAULT_MODES)?;
     let relays = listed("relay", relays, &RELAYS, &["auto"])?;
@@ -87,6 +97,7 @@ pub(crate) fn select(asked: &Asked<'_>) -> Result<Selection> {
     let is_peer_asked = !peers.is_empty();
     let peers = listed("peer", peers, &PEERS, &DEFAULT_PEERS)?;
     let workers = if workers.is_empty() { &[1][..] } else { workers };
+    let sets = vary.map_or_else(|| vec![None], Vary::sets);
     let mut targets = Vec::new();
     for (name, way, is_single) in modes {
         let is_named = is_asked && is_single;
@@ -96,23 +107,27 @@ pub(crate) fn select(asked: &Asked<'_>) -> Result<Selection> {
         }
         for (relay, (), is_single) in &relays {
             let is_named = is_named && *is_single;
-            let both =
-                profiles.iter().flat_map(|it| workers.iter().map(move |count| (it.0, count)));
-            targets.extend(both.map(|(profile, count)| {
-                Target {
-                    is_named,
-                    name: [
-                        format!("{name}/{relay}"),
-                        if profiles.len() > 1 { format!("/{profile}") } else { String::new() },
-                        if workers.len() > 1 { format!("/{count}w") } else { String::new() },
-                    ]
-                    .concat(),
-                    profile: profile.to_owned(),
-                    relay: (*relay).to_owned(),
-                    way,
-                    workers: *count,
-                }
-            }));
+            for (profile, (), _) in &profiles {
+                let each =
+                    workers.iter().flat_map(|count| sets.iter().map(move |set| (*count, set)));
+                targets.extend(each.map(|(count, set)| {
+                    Target {
+                        is_named,
+                        name: [
+                            format!("{name}/{relay}"),
+                            if profiles.len() > 1 { format!("/{profile}") } else { String::new() },
+                            if workers.len() > 1 { format!("/{count}w") } else { String::new() },
+                            set.as_ref().map_or_else(String::new, |(_, value)| format!("/{value}")),
+                        ]
+                        .concat(),
+                        profile: (*profile).to_owned(),
+                        relay: (*relay).to_owned(),
+                        set: set.clone(),
+                        way,
+                        workers: count,
+                    }
+                }));
+            }
         }
     }
     targets.extend(peers.into_iter().map(|(name, peer, is_single)| {
@@ -164,7 +179,29 @@ impl Target {
     /// What has neither relay nor profile.
     fn foreign(name: &str, way: Way, is_named: bool) -> Target {
         let (profile, relay) = (String::new(), String::new());
-        Target { is_named, name: name.to_owned(), profile, relay, way, workers: 1 }
+        Target { is_named, name: name.to_owned(), profile, relay, set: None, way, workers: 1 }
+    }
+}
+
+impl Vary {
+    fn sets(&self) -> Vec<Option<(String, String)>> {
+        self.values.iter().map(|value| Some((self.key.clone(), value.clone()))).collect()
+    }
+}
+
+impl FromStr for Vary {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Vary, String> {
+        let is_word = |word: &str| {
+            !word.is_empty() && word.chars().all(|letter| letter.is_alphanumeric() || letter == '_')
+        };
+        let parts = text.split_once('=');
+        let parts = parts.filter(|(key, _)| key.contains('.') && key.split('.').all(is_word));
+        let parts = parts.filter(|(_, values)| values.split(',').all(is_word));
+        let (key, values) = parts.ok_or("must be a key and its values, as ring.spin_us=0,20,50")?;
+        let values = values.split(',').map(str::to_owned).collect();
+        Ok(Vary { key: key.to_owned(), values })
     }
 }
 
@@ -279,14 +316,14 @@ const CONNECTIONS_MAX: usize = 32_000;
 
 #[cfg(test)]
 mod tests {
-    use super::{Asked, Selection, Workload, select};
+    use super::{Asked, Selection, Vary, Workload, select};
 
     /// Modes, relays, profiles, peers, workloads.
     fn selected(words: [&str; 5]) -> anyhow::Result<Selection> {
         let lists = words
             .map(|text| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() });
         let [modes, relays, profiles, peers, workloads] = &lists;
-        select(&Asked { modes, peers, profiles, relays, workers: &[], workloads })
+        select(&Asked { modes, peers, profiles, relays, vary: None, workers: &[], workloads })
     }
 
     fn names(selection: anyhow::Result<Selection>) -> Vec<String> {
@@ -303,6 +340,12 @@ mod tests {
         let (modes, peers) = (["forward".to_owned()], ["none".to_owned()]);
         let asked = Asked { modes: &modes, peers: &peers, workers: &[1, 2], ..Asked::default() };
         assert_eq!(names(select(&asked)), ["forward/auto/1w", "forward/auto/2w"]);
+        let vary = "ring.spin_us=0,50".parse::<Vary>();
+        let asked = Asked { vary: vary.as_ref().ok(), workers: &[], ..asked };
+        assert_eq!(names(select(&asked)), ["forward/auto/0", "forward/auto/50"]);
+        for wrong in ["spin_us=1", "ring.spin_us", "ring.spin_us=", "ring.=1", "ring.spin_us=1,}"] {
+            assert!(wrong.parse::<Vary>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

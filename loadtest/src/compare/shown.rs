@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use super::result::{Cell, Comparison, Figure, figure};
-use super::statistics::{Estimate, Verdict};
+use super::statistics::{Estimate, NEGLIGIBLE, Verdict};
 
 /// One table of a workload, ready to be drawn in any way.
 pub(crate) struct Table {
@@ -44,7 +44,9 @@ fn table(comparison: &Comparison, workload: &str, baseline: &str) -> Table {
             if figure.name == first && unit != "flow" {
                 row.push(format!("{:.0} %", cell.spread(figure.name) * 100.0));
                 let ratio = comparison.ratio(cell, baseline, figure.name);
-                row.push(ratio.map_or_else(|| "-".to_owned(), |ratio| in_words(&ratio)));
+                row.push(
+                    ratio.map_or_else(|| "-".to_owned(), |ratio| in_words(&ratio, NEGLIGIBLE)),
+                );
             }
         }
         row
@@ -53,41 +55,15 @@ fn table(comparison: &Comparison, workload: &str, baseline: &str) -> Table {
 }
 
 /// The columns of a workload's table.
-pub(crate) const fn columns(unit: &str) -> &'static [&'static str] {
-    match unit.as_bytes() {
-        b"GB" => &[
-            "bytes_per_second",
-            "forwarder_cpu_us_per_unit",
-            "system_cpu_us_per_unit",
-            "forwarder_busy",
-            "generator_busy",
-            "enters_per_unit",
-            "syscalls_per_unit",
-            "conntrack_per_flow",
-            "retransmits",
-            "fallbacks",
-            "errors",
-        ],
-        b"flow" => &["user_bytes_per_flow", "slab_bytes_per_flow", "conntrack_per_flow", "errors"],
-        _ => &[
-            "per_second",
-            "p50_us",
-            "p90_us",
-            "p99_us",
-            "p99_9_us",
-            "max_us",
-            "forwarder_cpu_us_per_unit",
-            "system_cpu_us_per_unit",
-            "forwarder_busy",
-            "generator_busy",
-            "enters_per_unit",
-            "syscalls_per_unit",
-            "conntrack_per_flow",
-            "retransmits",
-            "fallbacks",
-            "errors",
-        ],
-    }
+pub(crate) fn columns(unit: &str) -> Vec<&'static str> {
+    let first: &[&str] = match unit {
+        "GB" => &["bytes_per_second"],
+        "flow" => &["user_bytes_per_flow", "slab_bytes_per_flow", "conntrack_per_flow", "errors"],
+        _ => &["per_second", "p50_us", "p90_us", "p99_us", "p99_9_us", "max_us"],
+    };
+    // An idle flow moves nothing that could be counted.
+    let costs: &[&str] = if unit == "flow" { &[] } else { &COSTS };
+    [first, costs].concat()
 }
 
 /// CPU of a gigabyte is told in seconds.
@@ -132,9 +108,9 @@ fn grouped(value: f64, decimals: usize) -> String {
 }
 
 /// A ratio as people say it: `× 1.45 (1.40 to 1.51)`, or that there is none.
-pub(crate) fn in_words(ratio: &Estimate) -> String {
+pub(crate) fn in_words(ratio: &Estimate, negligible: f64) -> String {
     let Estimate { high, low, value, .. } = ratio;
-    match ratio.verdict() {
+    match ratio.verdict(negligible) {
         Verdict::Unknown => format!("× {value:.2} (too few rounds to tell)"),
         Verdict::NoDifference => format!("no difference ({low:.2} to {high:.2})"),
         Verdict::Higher | Verdict::Lower => format!("× {value:.2} ({low:.2} to {high:.2})"),
@@ -218,7 +194,7 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
         let equals: Vec<&str> = rivals
             .filter(|cell| {
                 let ratio = comparison.ratio(cell, &best.target, name);
-                ratio.is_some_and(|ratio| ratio.verdict() == Verdict::NoDifference)
+                ratio.is_some_and(|ratio| ratio.verdict(NEGLIGIBLE) == Verdict::NoDifference)
             })
             .map(|cell| cell.target.as_str())
             .collect();
@@ -226,7 +202,7 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
             let _ = write!(sentence, "; no difference to {}", equals.join(", "));
         }
         if let Some(ratio) = comparison.ratio(best, baseline, name) {
-            let _ = write!(sentence, "; against {baseline}: {}", in_words(&ratio));
+            let _ = write!(sentence, "; against {baseline}: {}", in_words(&ratio, NEGLIGIBLE));
         }
         sentences.push(format!("{sentence}."));
     }
@@ -241,6 +217,20 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
     }
     sentences
 }
+
+/// What moving bytes costs.
+const COSTS: [&str; 10] = [
+    "forwarder_cpu_us_per_unit",
+    "system_cpu_us_per_unit",
+    "forwarder_busy",
+    "generator_busy",
+    "enters_per_unit",
+    "syscalls_per_unit",
+    "conntrack_per_flow",
+    "retransmits",
+    "fallbacks",
+    "errors",
+];
 
 #[cfg(test)]
 pub(super) mod tests {

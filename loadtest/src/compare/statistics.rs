@@ -72,12 +72,12 @@ pub(crate) fn ratio_of_samples(of: &[f64], to: &[f64]) -> Estimate {
 }
 
 impl Estimate {
-    /// Whether this ratio is one; what is less than `NEGLIGIBLE` is no difference to anybody.
-    pub(crate) fn verdict(&self) -> Verdict {
+    /// Whether this ratio is one; what is less than `negligible` is no difference to anybody.
+    pub(crate) fn verdict(&self, negligible: f64) -> Verdict {
         if self.confidence < CONFIDENCE_WANTED {
             return Verdict::Unknown;
         }
-        match (self.value - 1.0).abs() > NEGLIGIBLE {
+        match (self.value - 1.0).abs() > negligible {
             true if self.low > 1.0 => Verdict::Higher,
             true if self.high < 1.0 => Verdict::Lower,
             _ => Verdict::NoDifference,
@@ -161,7 +161,9 @@ fn sorted(mut values: Vec<f64>) -> Vec<f64> {
 /// takes five rounds.
 const CONFIDENCE_WANTED: f64 = 0.90;
 /// Differences below this decide nothing.
-const NEGLIGIBLE: f64 = 0.02;
+pub(crate) const NEGLIGIBLE: f64 = 0.02;
+/// Nor do these between two runs: two of the same are as far apart.
+pub(crate) const NEGLIGIBLE_BETWEEN_RUNS: f64 = 0.05;
 /// Above these the exact counts would not fit.
 const ROUNDS_MAX: usize = 60;
 const SAMPLES_MAX: usize = 16;
@@ -169,7 +171,8 @@ const SAMPLES_MAX: usize = 16;
 #[cfg(test)]
 mod tests {
     use super::{
-        Verdict, median, of_one, rank_sums, ratio_of_pairs, ratio_of_samples, signed_ranks, spread,
+        NEGLIGIBLE, Verdict, median, of_one, rank_sums, ratio_of_pairs, ratio_of_samples,
+        signed_ranks, spread,
     };
 
     fn near(one: f64, other: f64) -> bool {
@@ -208,16 +211,16 @@ mod tests {
     fn equal_is_no_difference_and_few_rounds_say_nothing() {
         let base = [100.0, 101.0, 99.0, 100.5, 99.5];
         let twice = base.map(|value| value * 2.0);
-        assert_eq!(ratio_of_pairs(&twice, &base).verdict(), Verdict::Higher);
-        assert_eq!(ratio_of_pairs(&base, &twice).verdict(), Verdict::Lower);
-        assert_eq!(ratio_of_pairs(&base, &base).verdict(), Verdict::NoDifference);
+        assert_eq!(ratio_of_pairs(&twice, &base).verdict(NEGLIGIBLE), Verdict::Higher);
+        assert_eq!(ratio_of_pairs(&base, &twice).verdict(NEGLIGIBLE), Verdict::Lower);
+        assert_eq!(ratio_of_pairs(&base, &base).verdict(NEGLIGIBLE), Verdict::NoDifference);
         let noisy = [100.0, 90.0, 115.0, 85.0, 120.0];
-        assert_eq!(ratio_of_pairs(&noisy, &base).verdict(), Verdict::NoDifference);
+        assert_eq!(ratio_of_pairs(&noisy, &base).verdict(NEGLIGIBLE), Verdict::NoDifference);
         let little = base.map(|value| value * 1.01);
-        assert_eq!(ratio_of_pairs(&little, &base).verdict(), Verdict::NoDifference);
-        assert_eq!(ratio_of_pairs(&[2.0], &[1.0]).verdict(), Verdict::Unknown);
-        assert_eq!(ratio_of_pairs(&twice[..4], &base[..4]).verdict(), Verdict::Unknown);
-        assert_eq!(ratio_of_samples(&twice, &base).verdict(), Verdict::Higher);
-        assert_eq!(ratio_of_samples(&noisy, &base).verdict(), Verdict::NoDifference);
+        assert_eq!(ratio_of_pairs(&little, &base).verdict(NEGLIGIBLE), Verdict::NoDifference);
+        assert_eq!(ratio_of_pairs(&[2.0], &[1.0]).verdict(NEGLIGIBLE), Verdict::Unknown);
+        assert_eq!(ratio_of_pairs(&twice[..4], &base[..4]).verdict(NEGLIGIBLE), Verdict::Unknown);
+        assert_eq!(ratio_of_samples(&twice, &base).verdict(NEGLIGIBLE), Verdict::Higher);
+        assert_eq!(ratio_of_samples(&noisy, &base).verdict(NEGLIGIBLE), Verdict::NoDifference);
     }
 }
