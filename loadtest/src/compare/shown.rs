@@ -132,8 +132,8 @@ pub(crate) fn text(comparison: &Comparison, baseline: &str) -> String {
 fn narrow(mut table: Table) -> Table {
     let is_quiet = |table: &Table, column: usize| match table.head[column].as_str() {
         "p90 µs" | "max µs" | "forwarder %" | "generator %" => true,
-        "fallbacks" | "retransmits" => {
-            table.rows.iter().all(|row| matches!(row[column].as_str(), "0" | "-"))
+        "conntrack/flow" | "fallbacks" | "retransmits" => {
+            table.rows.iter().all(|row| matches!(row[column].as_str(), "0" | "0.0" | "-"))
         }
         _ => false,
     };
@@ -146,18 +146,34 @@ fn narrow(mut table: Table) -> Table {
     table
 }
 
-/// In columns, words left and numbers right.
+/// In columns, words left and numbers right; long headings in several lines.
 pub(super) fn aligned(table: &Table) -> String {
     let mut text = String::new();
-    let all = || std::iter::once(&table.head).chain(&table.rows);
+    let length = |cell: &String| cell.chars().count();
     let width = |column: usize| {
-        all().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        table.rows.iter().filter_map(|row| row.get(column)).map(length).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..table.head.len()).map(width).collect();
-    for row in all() {
+    let heads = table.head.iter().enumerate();
+    let heads: Vec<Vec<String>> =
+        heads.map(|(column, head)| wrapped(head, width(column))).collect();
+    let widths: Vec<usize> = heads
+        .iter()
+        .enumerate()
+        .map(|(column, lines)| lines.iter().map(length).max().unwrap_or(0).max(width(column)))
+        .collect();
+    let height = heads.iter().map(Vec::len).max().unwrap_or(0);
+    let head = (0..height).map(|line| {
+        // The last lines of all are side by side.
+        let of = |lines: &Vec<String>| {
+            let above = height - lines.len();
+            line.checked_sub(above).and_then(|own| lines.get(own)).cloned().unwrap_or_default()
+        };
+        heads.iter().map(of).collect::<Vec<_>>()
+    });
+    for row in head.collect::<Vec<_>>().iter().chain(&table.rows) {
         let mut line = String::from(" ");
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            let pad = " ".repeat(width - cell.chars().count());
+            let pad = " ".repeat(width - length(cell));
             let is_word = column == 0 || table.head[column].starts_with("against");
             line.push(' ');
             line.push_str(&if is_word { format!("{cell}{pad}") } else { format!("{pad}{cell}") });
@@ -166,6 +182,26 @@ pub(super) fn aligned(table: &Table) -> String {
         text.push('\n');
     }
     text
+}
+
+/// A heading in lines as long as its longest word, or as `least` if that is longer.
+fn wrapped(head: &str, least: usize) -> Vec<String> {
+    let parts = |word: &'_ str| match word.find('/').filter(|at| *at > 0) {
+        Some(at) => vec![word[..at].to_owned(), word[at..].to_owned()],
+        None => vec![word.to_owned()],
+    };
+    let words: Vec<String> = head.split_inclusive(' ').flat_map(parts).collect();
+    let length = |text: &str| text.trim_end().chars().count();
+    let longest = words.iter().map(|word| length(word)).max().unwrap_or(0);
+    let most = longest.max(least).max(HEADING_MIN);
+    let mut lines: Vec<String> = Vec::new();
+    for word in words {
+        match lines.last_mut() {
+            Some(line) if length(&format!("{line}{word}")) <= most => line.push_str(&word),
+            _ => lines.push(word),
+        }
+    }
+    lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// What the comparison says, in sentences.
@@ -218,6 +254,8 @@ pub(crate) fn summary(comparison: &Comparison, baseline: &str) -> Vec<String> {
     sentences
 }
 
+/// Shorter headings are not worth a second line.
+const HEADING_MIN: usize = 7;
 /// What moving bytes costs.
 const COSTS: [&str; 10] = [
     "forwarder_cpu_us_per_unit",
@@ -236,7 +274,7 @@ const COSTS: [&str; 10] = [
 pub(super) mod tests {
     use std::collections::BTreeMap;
 
-    use super::{grouped, summary, text};
+    use super::{grouped, summary, text, wrapped};
     use crate::compare::result::{Cell, Comparison, Round, TargetAbout};
 
     pub(in super::super) fn comparison(rates: &[(&str, [f64; 5])]) -> Comparison {
@@ -284,6 +322,13 @@ pub(super) mod tests {
             text(&all, "direct").contains("no difference")
                 || text(&all, "a").contains("no difference")
         );
+    }
+
+    #[test]
+    fn long_headings_take_several_lines() {
+        assert_eq!(wrapped("forwarder CPU µs/request", 5), ["forwarder", "CPU µs", "/request"]);
+        assert_eq!(wrapped("slab B", 3), ["slab B"]);
+        assert_eq!(wrapped("against forward/auto", 21), ["against forward/auto"]);
     }
 
     #[test]
