@@ -24,6 +24,8 @@ mod takeover;
 mod tests;
 mod workloads;
 
+#[cfg(feature = "control")]
+pub(crate) use claims::overlap;
 pub use registry::{
     Credentials, Layout, Named, Registry, RegistryKind, Zookeeper, is_service_name, registry_file,
 };

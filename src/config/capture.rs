@@ -3,11 +3,11 @@
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 
 use ipnet::IpNet;
 
-use super::claims::{ADDRESS, Claim};
+use super::claims::{Claim, address};
 use super::workloads::Scope;
 use super::{
     Destinations, Inbound, InboundCapture, Outbound, OutboundCapture, Ports, ProxyProtocol, Reach,
@@ -27,7 +27,7 @@ pub(super) fn inbound(
     let inbound = Inbound {
         capture: section.word("capture", &INBOUND, mistakes).unwrap_or(InboundCapture::Tproxy),
         destinations: section.word("destinations", &REACH, mistakes).unwrap_or(Reach::Local),
-        listen: section.parsed("listen", ADDRESS, mistakes).unwrap_or(INBOUND_LISTEN),
+        listen: address(&mut section, "listen", mistakes).unwrap_or(INBOUND_LISTEN),
         ports: ports(section.section("ports", mistakes), mistakes),
         proxy_protocol: section
             .word("proxy_protocol", &PROXY_PROTOCOL, mistakes)
@@ -61,7 +61,7 @@ pub(super) fn outbound(
     let place = node.place;
     let mut section = Section::open(Some(node), &scope.key("outbound"), mistakes);
     let capture = section.word("capture", &OUTBOUND, mistakes).unwrap_or(OutboundCapture::Connect);
-    let listen = section.parsed("listen", ADDRESS, mistakes).unwrap_or(OUTBOUND_LISTEN);
+    let listen = address(&mut section, "listen", mistakes).unwrap_or(OUTBOUND_LISTEN);
     let whose = section.section("workload", mistakes);
     let workload = scope.whose(workload(whose, mistakes), capture, (&section, mistakes));
     let include = destinations(section.section("include", mistakes), true, mistakes);
@@ -80,6 +80,13 @@ pub(super) fn outbound(
                         cgroup v2 mount";
             mistakes.add(place, &section.path("workload"), text);
         }
+        (OutboundCapture::Redirect | OutboundCapture::Tproxy, Some(Workload::Cgroups(paths)))
+            if paths.iter().any(|path| is_root(path)) =>
+        {
+            let text = "the cgroup / is everybody, and rules cannot name it: leave `workload` out \
+                        for everything in the network namespace but weir's own traffic";
+            mistakes.add(place, &section.path("workload"), text);
+        }
         _ => {}
     }
     for ip in LOOPBACK {
@@ -88,6 +95,12 @@ pub(super) fn outbound(
     }
     section.finish(mistakes);
     Some(Outbound { capture, exclude, include, listen, workload })
+}
+
+/// The mount itself, however it is written.
+fn is_root(cgroup: &Path) -> bool {
+    let mut names = cgroup.components();
+    !names.any(|part| matches!(part, Component::Normal(_) | Component::ParentDir))
 }
 
 /// A range that is worth walking; by default below the usual ephemeral ports.

@@ -4,7 +4,8 @@
 use std::net::SocketAddr;
 
 use super::Namespace;
-use crate::yaml::{Mistakes, Place};
+use crate::addr::canonical;
+use crate::yaml::{Mistakes, Node, Place, Section, parsed};
 
 /// An address that something of ours shall listen on.
 pub(super) struct Claim {
@@ -38,8 +39,51 @@ pub(super) fn overlaps(claims: &[Claim], mistakes: &mut Mistakes) {
     }
 }
 
+/// An endpoint of a plain listener, and where it is named.
+pub(super) struct Dial {
+    pub(super) addr: SocketAddr,
+    pub(super) path: String,
+    pub(super) place: Place,
+}
+
+/// Every endpoint that is one of our own listeners, as far as a config can tell: which other addresses
+/// are of this host is asked at the start.
+pub(super) fn loops(claims: &[Claim], dials: &[Dial], mistakes: &mut Mistakes) {
+    for Dial { addr, path, place } in dials {
+        let is_reached = |claim: &&Claim| {
+            let (ip, dst) = (claim.addr.ip(), canonical(*addr));
+            claim.namespace == Namespace::Own
+                && claim.addr.port() == dst.port()
+                && (ip == dst.ip() || dst.ip().is_loopback() || dst.ip().is_unspecified())
+        };
+        if let Some(claim) = claims.iter().find(is_reached) {
+            let text = format!("`{addr}`: is a port of this weir ({}): it would loop", claim.path);
+            mistakes.add(*place, path, text);
+        }
+    }
+}
+
+/// The address under `key`: somewhere one can listen or dial, so never port 0.
+pub(super) fn address(
+    section: &mut Section,
+    key: &'static str,
+    mistakes: &mut Mistakes,
+) -> Option<SocketAddr> {
+    let path = section.path(key);
+    address_of(&section.take(key)?, &path, mistakes)
+}
+
+/// As `address`, of a node.
+pub(super) fn address_of(node: &Node, path: &str, mistakes: &mut Mistakes) -> Option<SocketAddr> {
+    let addr = parsed::<SocketAddr>(node, path, ADDRESS, mistakes)?;
+    if addr.port() == 0 {
+        mistakes.add(node.place, path, format!("{}must have a port above 0", node.said()));
+    }
+    Some(addr)
+}
+
 /// Both cannot be bound: `[::]` takes IPv4 too.
-fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+pub(crate) fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     let covers = |wide: SocketAddr, narrow: SocketAddr| {
         wide.ip().is_unspecified() && (wide.is_ipv6() || narrow.is_ipv4())
     };

@@ -2,10 +2,9 @@
 //! A config from YAML: every key looked at, every mistake noted.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::claims::{ADDRESS, Claim, overlaps};
+use super::claims::{ADDRESS, Claim, Dial, address, loops, overlaps};
 use super::{Admin, Config, Forward, OnChange, OnExit, Workers, service, takeover, workloads};
 use crate::profile::Profile;
 use crate::yaml::{self, Kind, Mistakes, Node, Section, nearest, parsed};
@@ -33,7 +32,7 @@ impl Config {
 }
 
 fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Config {
-    let mut claims = Vec::new();
+    let (mut claims, mut dials) = (Vec::new(), Vec::new());
     let takeover = section.take("takeover");
     let config = Config {
         profile: profile(section, directory, mistakes),
@@ -41,7 +40,7 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
         on_change: section.word("on_change", &ON_CHANGE, mistakes).unwrap_or(OnChange::Repair),
         on_exit: section.word("on_exit", &ON_EXIT, mistakes).unwrap_or(OnExit::Open),
         workloads: workloads::all(section, &mut claims, mistakes),
-        forward: forwards(section, &mut claims, mistakes),
+        forward: forwards(section, (&mut claims, &mut dials), mistakes),
         takeover: takeover.map(|node| takeover::takeover(node, directory, &mut claims, mistakes)),
         admin: admin(section.section("admin", mistakes), &mut claims, mistakes),
     };
@@ -54,6 +53,7 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
     }
     names_apart(&config, section, mistakes);
     overlaps(&claims, mistakes);
+    loops(&claims, &dials, mistakes);
     config
 }
 
@@ -97,8 +97,12 @@ fn workers(section: &mut Section, mistakes: &mut Mistakes) -> Workers {
                 parsed::<u16>(item, "workers", "a CPU number", mistakes).map(usize::from)
             };
             let cpus: Vec<usize> = items.iter().filter_map(cpu).collect();
-            if cpus.iter().collect::<BTreeSet<_>>().len() != items.len() {
-                mistakes.add(node.place, "workers", "must be a list of different CPUs");
+            if items.is_empty() || cpus.iter().collect::<BTreeSet<_>>().len() != items.len() {
+                mistakes.add(
+                    node.place,
+                    "workers",
+                    "must be a list of at least one CPU, each once",
+                );
             }
             Workers::Cpus(cpus)
         }
@@ -112,7 +116,7 @@ fn workers(section: &mut Section, mistakes: &mut Mistakes) -> Workers {
 
 fn forwards(
     section: &mut Section,
-    claims: &mut Vec<Claim>,
+    (claims, dials): (&mut Vec<Claim>, &mut Vec<Dial>),
     mistakes: &mut Mistakes,
 ) -> Vec<Forward> {
     let items = section.list("forward").unwrap_or_default();
@@ -120,7 +124,7 @@ fn forwards(
     for (index, item) in items.into_iter().enumerate() {
         let place = item.place;
         let path = format!("forward[{index}]");
-        let Some(forward) = forward(item, &path, index, mistakes) else { continue };
+        let Some(forward) = forward(item, &path, index, dials, mistakes) else { continue };
         for other in &forwards {
             if other.name == forward.name {
                 mistakes.add(place, &path, format!("the name {} is taken", forward.name));
@@ -132,16 +136,30 @@ fn forwards(
     forwards
 }
 
-fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Option<Forward> {
+fn forward(
+    item: Node,
+    path: &str,
+    index: usize,
+    dials: &mut Vec<Dial>,
+    mistakes: &mut Mistakes,
+) -> Option<Forward> {
     let mut section = Section::open(Some(item), path, mistakes);
     let name = section.parsed("name", "a word", mistakes);
-    let listen = section.parsed::<SocketAddr>("listen", ADDRESS, mistakes);
+    let is_silent = !section.has("listen");
+    let listen = address(&mut section, "listen", mistakes);
     let manner = service::manner(&mut section, mistakes);
-    let endpoints = service::endpoints(&mut section, mistakes).unwrap_or_default();
+    let endpoints_path = section.path("endpoints");
+    let endpoints = service::placed_endpoints(&mut section, mistakes).unwrap_or_default();
     if endpoints.is_empty() {
-        mistakes.add(section.place(), &section.path("endpoints"), "must name at least one address");
+        mistakes.add(section.place(), &endpoints_path, "must name at least one address");
     }
-    if listen.is_none() && mistakes.is_empty() {
+    dials.extend(endpoints.iter().map(|(place, endpoint)| Dial {
+        addr: endpoint.addr,
+        path: endpoints_path.clone(),
+        place: *place,
+    }));
+    let endpoints = endpoints.into_iter().map(|(_, endpoint)| endpoint).collect();
+    if is_silent {
         mistakes.add(
             section.place(),
             &section.path("listen"),
@@ -155,7 +173,7 @@ fn forward(item: Node, path: &str, index: usize, mistakes: &mut Mistakes) -> Opt
 
 fn admin(mut section: Section, claims: &mut Vec<Claim>, mistakes: &mut Mistakes) -> Admin {
     let socket = section.parsed::<PathBuf>("socket", "a path", mistakes);
-    let http = section.parsed("http", ADDRESS, mistakes);
+    let http = address(&mut section, "http", mistakes);
     claims.extend(http.map(|addr| Claim::new("admin.http", section.place(), addr)));
     section.finish(mistakes);
     Admin { http, socket: Some(socket.unwrap_or_else(|| PathBuf::from(SOCKET))) }

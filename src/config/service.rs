@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a config says about a service: its endpoints, and how one of them is chosen.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::claims::ADDRESS;
+use super::claims::{ADDRESS, address, address_of};
 use crate::service::{Balance, Endpoint, Manner};
-use crate::yaml::{Kind, Mistakes, Node, Section, parsed};
+use crate::yaml::{Kind, Mistakes, Node, Place, Section};
 
 /// The keys that say how an endpoint is chosen.
 pub(super) fn manner(section: &mut Section, mistakes: &mut Mistakes) -> Manner {
@@ -24,20 +23,30 @@ pub(super) fn manner(section: &mut Section, mistakes: &mut Mistakes) -> Manner {
 
 /// The `endpoints` of a section; `None` if the key is not there.
 pub(super) fn endpoints(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<Endpoint>> {
+    let placed = placed_endpoints(section, mistakes)?;
+    Some(placed.into_iter().map(|(_, endpoint)| endpoint).collect())
+}
+
+/// As `endpoints`, each with its place in the file.
+pub(super) fn placed_endpoints(
+    section: &mut Section,
+    mistakes: &mut Mistakes,
+) -> Option<Vec<(Place, Endpoint)>> {
     let path = section.path("endpoints");
     let nodes = section.list("endpoints")?;
-    Some(nodes.into_iter().filter_map(|node| endpoint(node, &path, mistakes)).collect())
+    let placed = |node: Node| Some((node.place, endpoint(node, &path, mistakes)?));
+    Some(nodes.into_iter().filter_map(placed).collect())
 }
 
 /// An address, or a map of an address and what else there is to say about it.
 fn endpoint(node: Node, path: &str, mistakes: &mut Mistakes) -> Option<Endpoint> {
     if !matches!(node.kind, Kind::Map(_)) {
-        return parsed(&node, path, ADDRESS, mistakes).map(Endpoint::new);
+        return address_of(&node, path, mistakes).map(Endpoint::new);
     }
     let place = node.place;
     let mut section = Section::open(Some(node), path, mistakes);
     let (addr_path, is_there) = (section.path("addr"), section.has("addr"));
-    let addr = section.parsed::<SocketAddr>("addr", ADDRESS, mistakes);
+    let addr = address(&mut section, "addr", mistakes);
     if !is_there {
         mistakes.add(place, &addr_path, format!("is missing: must be {ADDRESS}"));
     }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::claims::{ADDRESS, Claim};
+use super::claims::{self, Claim};
 use super::registry::{Registry, registries, service_name};
 use super::service;
 use crate::service::Manner;
@@ -79,7 +79,7 @@ pub(super) fn takeover(
     let place = node.place;
     let mut section = Section::open(Some(node), "takeover", mistakes);
     let mut address = |key, default| {
-        let addr = section.parsed(key, ADDRESS, mistakes).unwrap_or(default);
+        let addr = claims::address(&mut section, key, mistakes).unwrap_or(default);
         claims.push(Claim::new(&format!("takeover.{key}"), place, addr));
         addr
     };
@@ -160,8 +160,8 @@ fn wanted(section: &mut Section, claims: &mut Vec<Claim>, mistakes: &mut Mistake
         let (place, path) = (item.place, format!("takeover.services[{index}]"));
         let mut section = Section::open(Some(item), &path, mistakes);
         let name = service_name(&mut section, mistakes);
-        let listen = section.parsed::<SocketAddr>("listen", ADDRESS, mistakes);
         let is_protected = section.word("protect", &SWITCH, mistakes).unwrap_or(true);
+        let listen = claims::address(&mut section, "listen", mistakes);
         section.finish(mistakes);
         let Some(name) = name else { continue };
         if found.iter().any(|other| other.name == name) {

@@ -165,6 +165,78 @@ fn each_capture_says_what_it_needs() {
     }
 }
 
+#[test]
+fn what_cannot_work_is_a_mistake() {
+    let said = |text: &str| mistakes(&format!("{text}\n"));
+    let port = "must have a port above 0";
+    assert_eq!(
+        said("workers: []\ninbound: {}"),
+        ["weir.yaml:1:10: workers: must be a list of at least one CPU, each once"]
+    );
+    for (text, place) in [
+        ("inbound: { listen: \"[::]:0\" }", "1:20: inbound.listen: `[::]:0`: "),
+        (
+            "outbound: { workload: { cgroup: /a }, listen: \"127.0.0.1:0\" }",
+            "1:47: outbound.listen: `127.0.0.1:0`: ",
+        ),
+        ("takeover: { api: \"127.0.0.1:0\" }", "1:18: takeover.api: `127.0.0.1:0`: "),
+        (
+            "forward: [{ listen: \"127.0.0.1:1\", endpoints: [\"1.1.1.1:0\"] }]",
+            "1:48: forward[0].endpoints: `1.1.1.1:0`: ",
+        ),
+    ] {
+        assert_eq!(said(text), [format!("weir.yaml:{place}{port}")]);
+    }
+    for capture in ["tproxy", "redirect"] {
+        for root in ["/", "//.", "\"\""] {
+            let text =
+                format!("outbound: {{ capture: {capture}, workload: {{ cgroup: [{root}] }} }}");
+            assert!(
+                said(&text)[0].contains("outbound.workload: the cgroup / is everybody"),
+                "{root}"
+            );
+        }
+    }
+    let text = "workloads: [{ cgroup: /, outbound: { capture: tproxy } }]";
+    assert_eq!(said(text).len(), 1);
+}
+
+#[test]
+fn missing_listen_is_named_beside_other_mistakes() {
+    let text = "on_exit: off\nforward: [{ endpoints: [\"1.1.1.1:1\"] }]\n";
+    let missing = "forward[0].listen: is missing: must be an address with port (`127.0.0.1:80` or `[::1]:80`)";
+    assert_eq!(
+        mistakes(text),
+        [
+            "weir.yaml:1:10: on_exit: `off`: must be closed or open",
+            &format!("weir.yaml:2:11: {missing}")
+        ]
+    );
+}
+
+#[test]
+fn endpoint_that_is_a_listener_of_ours_would_loop() {
+    let text = "takeover: {}\nforward:\n\
+                - { name: a, listen: \"0.0.0.0:80\", endpoints: [\"1.1.1.1:80\", \"127.0.0.9:80\"] }\n\
+                - { name: b, listen: \"10.0.0.1:81\", endpoints: [{ addr: \"10.0.0.1:81\" }] }\n\
+                - { name: c, listen: \"10.0.0.1:82\", endpoints: [\"10.0.0.2:81\", \"[::1]:12201\"] }\n";
+    let said = "is a port of this weir";
+    assert_eq!(
+        mistakes(text),
+        [
+            format!(
+                "weir.yaml:3:62: forward[0].endpoints: `127.0.0.9:80`: {said} (forward[0]): it would loop"
+            ),
+            format!(
+                "weir.yaml:4:49: forward[1].endpoints: `10.0.0.1:81`: {said} (forward[1]): it would loop"
+            ),
+            format!(
+                "weir.yaml:5:64: forward[2].endpoints: `[::1]:12201`: {said} (takeover.inbound): it would loop"
+            ),
+        ]
+    );
+}
+
 proptest::proptest! {
     #[test]
     fn no_text_makes_the_reader_panic(text in "[ -~\\n\\t\u{e9}\u{1F600}]{0,200}") {

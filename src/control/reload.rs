@@ -14,7 +14,7 @@ use super::capturing::Capturing;
 use super::places::Place;
 use super::{InForce, RunError, Running, listeners, start};
 use crate::capture::OwnPorts;
-use crate::config::{Captured, Config, Forward, Namespace, ProxyProtocol, SourceAddress};
+use crate::config::{Captured, Config, Forward, Namespace, ProxyProtocol, SourceAddress, overlap};
 use crate::metrics::Origin;
 use crate::service::ServiceId;
 use crate::worker::{self, Alteration, Change, Handle, Listener, Route};
@@ -38,6 +38,17 @@ enum ReloadError {
     /// `weir forward`.
     #[error("it was given on the command line")]
     NoFile,
+    /// A listener cannot be had before another one of ours is gone.
+    #[error(
+        "forward listen {new}: this weir listens on {old} until the reload is done, and both cannot \
+         be had (take the old one out by one reload, and bring the new one in by the next)"
+    )]
+    Overlap {
+        /// What is wanted.
+        new: SocketAddr,
+        /// What is there.
+        old: SocketAddr,
+    },
     /// A step was refused.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -45,9 +56,9 @@ enum ReloadError {
 
 impl Reloader {
     pub(super) fn new(config: Config, file: Option<&Path>, home: Arc<worker::Place>) -> Reloader {
-        // Relative paths must lead to the same file wherever the process goes.
-        let file = file.map(|file| std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
-        Reloader { config, file, home }
+        // As it was given, so that paths in it lead where they led at the start: weir stays in the
+        // directory in which it was started.
+        Reloader { config, file: file.map(Path::to_owned), home }
     }
 
     /// Reads the file again, and says what came of it.
@@ -86,6 +97,7 @@ impl Reloader {
         let is_new = |addr: &SocketAddr| !has_listener(&self.config, *addr);
         let added: Vec<SocketAddr> =
             new.forward.iter().map(|forward| forward.listen).filter(is_new).collect();
+        refuse_overlap(&self.config, &added)?;
         let workers = &running.workers;
         let sockets = listeners::open_more(&added, &new.profile, workers.len());
         let sockets = sockets.map_err(RunError::from)?;
@@ -229,6 +241,17 @@ fn refuse(new: &Config, running: &Running) -> Result<(), RunError> {
     let keeps = inbounds.any(|inbound| inbound.source == SourceAddress::Keep);
     if keeps && running.workers.iter().any(|worker| !worker.features().bind) {
         return Err(RunError::NoBind);
+    }
+    Ok(())
+}
+
+/// A listener of ours that retires is there until the new ones are.
+fn refuse_overlap(old: &Config, added: &[SocketAddr]) -> Result<(), ReloadError> {
+    for new in added {
+        let mut there = old.forward.iter().map(|forward| forward.listen);
+        if let Some(old) = there.find(|old| overlap(*old, *new)) {
+            return Err(ReloadError::Overlap { new: *new, old });
+        }
     }
     Ok(())
 }

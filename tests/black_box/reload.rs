@@ -197,3 +197,24 @@ fn shorter_timeout_ends_open_flows() {
     drop(idle);
     weir.end(&net);
 }
+
+/// A listener that overlaps one of ours is refused at once, in our own name.
+#[test]
+fn listener_that_overlaps_an_old_one_takes_two_reloads() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, FIRST);
+    named(listener, b'1');
+    let wide = format!("workers: 1\n{}", forward(FIRST).replace("10.98.1.1:7000", "0.0.0.0:7000"));
+    let narrow = format!("workers: 1\n{}", forward(FIRST));
+    let weir = Weir::run(&net, &narrow);
+    assert!(!weir.reload(&wide));
+    let said =
+        format!("listen 0.0.0.0:7000: this weir listens on {LISTEN} until the reload is done");
+    assert!(weir.log().contains(&said), "{}", weir.log());
+    assert_eq!(who(&net, LISTEN), b'1');
+    let between = narrow.replace("10.98.1.1:7000", "10.98.1.1:7009");
+    assert!(weir.reload(&between), "{}", weir.log());
+    assert!(weir.reload(&wide), "{}", weir.log());
+    assert_eq!(who(&net, LISTEN), b'1');
+    weir.end(&net);
+}
