@@ -61,26 +61,29 @@ pub(super) async fn run(services: Arc<Services>, mark: Option<u32>) {
     }
 }
 
-/// The addresses of all services that want to be checked, each at its shortest interval.
+/// The addresses of all services that want to be checked, each at its shortest interval, and with what
+/// the table believes of them.
 fn refresh(records: &mut HashMap<SocketAddr, Record>, table: &Table) {
-    let mut wanted: HashMap<SocketAddr, Duration> = HashMap::new();
+    let mut wanted: HashMap<SocketAddr, (Duration, bool)> = HashMap::new();
     for service in table.services() {
         let Some(interval) = service.manner.check_interval else { continue };
         for member in service.members() {
-            let shortest = wanted.entry(member.endpoint.addr).or_insert(interval);
+            let believed = (interval, member.is_healthy);
+            let (shortest, _) = wanted.entry(member.endpoint.addr).or_insert(believed);
             *shortest = (*shortest).min(interval);
         }
     }
     records.retain(|addr, _| wanted.contains_key(addr));
-    for (addr, interval) in wanted {
-        let new = || Record {
-            against: 0,
-            interval,
-            is_healthy: true,
-            is_looking: false,
-            next: Instant::now(),
-        };
-        records.entry(addr).or_insert_with(new).interval = interval;
+    for (addr, (interval, is_healthy)) in wanted {
+        let new =
+            || Record { against: 0, interval, is_healthy, is_looking: false, next: Instant::now() };
+        let record = records.entry(addr).or_insert_with(new);
+        record.interval = interval;
+        // It may have left and come back between two looks: what the table believes is what a check
+        // can contradict.
+        if record.is_healthy != is_healthy {
+            (record.against, record.is_healthy) = (0, is_healthy);
+        }
     }
 }
 
@@ -133,3 +136,39 @@ const PROBE_WITHIN: Duration = Duration::from_secs(1);
 const STAYS_FOR: Duration = Duration::from_millis(300);
 const LOOK: Duration = Duration::from_millis(20);
 const IDLE_LOOK: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::{Balance, Directory, Endpoint, Manner};
+
+    fn directory(addrs: &[SocketAddr], directory: &mut Directory) -> Arc<Table> {
+        let check_interval = Some(Duration::from_millis(10));
+        let manner = Manner { check_interval, ..Manner::of(Balance::RoundRobin) };
+        let endpoints = addrs.iter().map(|addr| Endpoint::new(*addr)).collect();
+        directory.set("a", manner, endpoints, Instant::now());
+        directory.table()
+    }
+
+    /// Whatever came between, a check contradicts what the table says, so that what it finds is news.
+    #[test]
+    fn record_believes_what_the_table_says() {
+        let addr: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        let (mut book, mut records) = (Directory::default(), HashMap::new());
+        refresh(&mut records, &directory(&[addr], &mut book));
+        assert!(records[&addr].is_healthy);
+        // Found dead, gone for a moment that nobody looked at, and back: new, so healthy.
+        records.get_mut(&addr).unwrap().is_healthy = false;
+        assert!(book.set_health(addr, false, Instant::now()));
+        directory(&[], &mut book);
+        refresh(&mut records, &directory(&[addr], &mut book));
+        assert!(records[&addr].is_healthy);
+        // Dead in the table when the record is made: two answers are news.
+        assert!(book.set_health(addr, false, Instant::now()));
+        records.clear();
+        refresh(&mut records, &book.table());
+        let record = records.get_mut(&addr).unwrap();
+        assert!(!record.heard(true) && record.heard(true));
+        assert!(book.set_health(addr, true, Instant::now()));
+    }
+}

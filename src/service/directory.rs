@@ -56,9 +56,10 @@ impl Directory {
             let id = old.remove(&endpoint.addr).unwrap_or_else(|| self.slot(joined));
             members.push(self.member(endpoint, id, &manner));
         }
-        self.free_slots.extend(old.into_values().map(|id| id.slot));
+        self.free_slots.extend(old.values().map(|id| id.slot));
         let name = before.map_or_else(|| name.into(), |service| Arc::clone(&service.name));
         self.services[id.index as usize] = Some(Arc::new(Service::new(id, name, manner, members)));
+        self.forget(old.into_keys());
         self.revision += 1;
         id
     }
@@ -68,6 +69,7 @@ impl Directory {
         let Some(id) = Arc::make_mut(&mut self.names).remove(name) else { return };
         if let Some(service) = self.services.get_mut(id.index as usize).and_then(Option::take) {
             self.free_slots.extend(service.members().iter().map(|member| member.id.slot));
+            self.forget(service.members().iter().map(|member| member.endpoint.addr));
         }
         let generation = id.generation.wrapping_add(1);
         self.free_services.push(ServiceId { generation, ..id });
@@ -141,6 +143,20 @@ impl Directory {
         let place = &mut self.slots[slot as usize];
         *place = Slot { generation: place.generation.wrapping_add(1), joined };
         EndpointId { generation: place.generation, slot }
+    }
+
+    /// What checks have found at these addresses, unless another service has them: whoever comes back
+    /// is new.
+    fn forget(&mut self, gone: impl Iterator<Item = SocketAddr>) {
+        for addr in gone {
+            let is_it = |member: &Member| member.endpoint.addr == addr;
+            let mut services = self.services.iter().flatten();
+            if self.unhealthy.contains(&addr)
+                && !services.any(|service| service.members().iter().any(is_it))
+            {
+                self.unhealthy.remove(&addr);
+            }
+        }
     }
 
     fn member(&self, endpoint: Endpoint, id: EndpointId, manner: &Manner) -> Member {

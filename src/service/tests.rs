@@ -220,6 +220,26 @@ fn checks_take_out_and_bring_back_slowly() {
 }
 
 #[test]
+fn endpoint_that_comes_back_is_new_unless_another_service_has_it() {
+    let check_interval = Some(Duration::from_secs(1));
+    let manner = Manner { check_interval, ..Manner::of(Balance::RoundRobin) };
+    let mut bench = Bench::new(manner.clone(), endpoints(&[100]));
+    let healthy = |bench: &Bench| {
+        let service = bench.last.services().find(|service| &*service.name == NAME).unwrap();
+        service.members().first().unwrap().is_healthy
+    };
+    bench.directory.set_health(addr(1), false, bench.now);
+    bench.set(manner.clone(), Vec::new());
+    bench.set(manner.clone(), endpoints(&[100]));
+    assert!(healthy(&bench), "nobody had it in between");
+    bench.directory.set("other", manner.clone(), endpoints(&[100]), bench.now);
+    assert!(bench.directory.set_health(addr(1), false, bench.now), "that is news");
+    bench.directory.remove(NAME);
+    bench.set(manner, endpoints(&[100]));
+    assert!(!healthy(&bench), "checks still know it as dead");
+}
+
+#[test]
 fn tally_of_an_endpoint_outlives_tables_and_ends_with_it() {
     let manner = || Manner::of(Balance::LeastFlows);
     let mut bench = Bench::of(Balance::LeastFlows, &[100, 100]);

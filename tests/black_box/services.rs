@@ -84,6 +84,31 @@ fn checks_find_the_dead_before_a_flow_does() {
     weir.end(&net);
 }
 
+/// An endpoint that was found dead, was taken out and comes back is in use as soon as it lives.
+#[test]
+fn endpoint_that_died_and_left_comes_back_as_a_new_one() {
+    let net = Net::new();
+    let one = net.listen(Place::Server, SERVERS[0]);
+    let config = |endpoints: &str| {
+        format!(
+            "workers: 1\nforward: [{{ listen: \"{LISTEN}\", endpoints: [{endpoints}], \
+             check_interval_ms: 50 }}]"
+        )
+    };
+    let (both, alone) =
+        (format!("\"{}\", \"{}\"", SERVERS[0], SERVERS[1]), format!("\"{}\"", SERVERS[0]));
+    let weir = Weir::run(&net, &config(&both));
+    until("the dead one is found", || state(&weir, SERVERS[1]) == "unhealthy");
+    assert!(weir.reload(&config(&alone)), "{}", weir.log());
+    let other = net.listen(Place::Server, SERVERS[1]);
+    assert!(weir.reload(&config(&both)), "{}", weir.log());
+    until("it is in use", || state(&weir, SERVERS[1]) == "in_use");
+    drop(other);
+    until("it is found dead once more", || state(&weir, SERVERS[1]) == "unhealthy");
+    drop(one);
+    weir.end(&net);
+}
+
 /// Weights and drain by weight 0, with real connections; open flows are counted by endpoint.
 #[test]
 fn weights_share_connections_out() {
