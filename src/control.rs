@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
@@ -229,10 +229,16 @@ pub fn run(config: Config, file: Option<&Path>) -> Result<(), RunError> {
         .enable_all()
         .build()
         .map_err(RunError::Runtime)?;
-    runtime.block_on(serve(config, file))
+    let (running, interrupted) = runtime.block_on(serve(config, file))?;
+    // Its tasks hold the workers too, those of connections that are open just now among them.
+    drop(runtime);
+    let result = finish(running, interrupted);
+    tracing::info!("weir ends");
+    result
 }
 
-async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> {
+/// Until the end, and whether somebody was in a hurry.
+async fn serve(mut config: Config, file: Option<&Path>) -> Result<(Arc<Running>, bool), RunError> {
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
@@ -273,14 +279,12 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(), RunError> 
     if let Some(capturing) = capturing.as_ref().filter(|_| !interrupted) {
         tokio::select! {
             () = capturing.last_acks() => {}
-            _ = signals.next() => {} // Somebody is in a hurry.
+            () = signals.stop() => {} // Somebody is in a hurry.
         }
     }
     drop(capturing);
     drop(admin);
-    let result = finish(running, interrupted);
-    tracing::info!("weir ends");
-    result
+    Ok((running, interrupted))
 }
 
 /// Waits for the workers' threads, unless somebody is in a hurry.
@@ -302,6 +306,7 @@ impl Running {
     ) -> bool {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         let mut told = false;
+        let mut drain: Option<Drain> = None;
         let mut looped = Looped::new();
         let withdrawn = Notify::new();
         let withdraw = async {
@@ -323,7 +328,7 @@ impl Running {
                     }
                     Asked::Reload => reloader.reload(self, capturing.as_deref_mut()),
                     Asked::Stop { by_user } if self.is_draining() => {
-                        self.drain(Duration::ZERO);
+                        drain = Some(self.drain(Duration::ZERO));
                         if by_user {
                             return true;
                         }
@@ -334,15 +339,17 @@ impl Running {
                     told = true;
                     self.stop_taking(capturing.as_deref_mut()).await;
                     let within = self.in_force.borrow().drain;
-                    self.drain(within);
+                    // Who was in a hurry still is.
+                    drain.get_or_insert_with(|| self.drain(within));
                 }
                 _ = tick.tick() => {
                     self.services.tell(&self.workers);
                     looped.say(&self.workers);
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
                         self.ask_to_drain(); // One worker has failed: end the others.
-                        self.drain(Duration::ZERO);
+                        drain = Some(self.drain(Duration::ZERO));
                     }
+                    drain.iter_mut().for_each(|drain| drain.tell(&self.workers));
                     if let Some(capturing) = capturing.as_mut().filter(|_| !told) {
                         capturing.watch(self);
                     }
@@ -372,9 +379,11 @@ impl Running {
         self.draining.load(Ordering::Acquire)
     }
 
-    fn drain(&self, within: Duration) {
+    fn drain(&self, within: Duration) -> Drain {
         tracing::info!(within_ms = within.as_millis(), "drain");
-        self.workers.iter().for_each(|worker| worker.drain(within));
+        let mut drain = Drain::new(self.workers.len(), within);
+        drain.tell(&self.workers);
+        drain
     }
 
     fn accepting(&self) -> usize {
@@ -384,6 +393,30 @@ impl Running {
     fn is_ready(&self) -> bool {
         let captured = !self.captures || self.capturing.load(Ordering::Acquire);
         !self.is_draining() && captured && self.accepting() == self.workers.len()
+    }
+}
+
+/// A drain, and the workers that could not be told of it yet: their mailboxes were full.
+struct Drain {
+    until: Instant,
+    untold: Vec<usize>,
+}
+
+impl Drain {
+    fn new(workers: usize, within: Duration) -> Drain {
+        Drain { until: Instant::now() + within, untold: (0..workers).collect() }
+    }
+
+    fn tell(&mut self, workers: &[Handle]) {
+        self.tell_by(|index, within| {
+            workers.get(index).is_none_or(|worker| worker.is_finished() || worker.drain(within))
+        });
+    }
+
+    /// By a way to send that says whether it did.
+    fn tell_by(&mut self, send: impl Fn(usize, Duration) -> bool) {
+        let within = self.until.saturating_duration_since(Instant::now());
+        self.untold.retain(|index| !send(*index, within));
     }
 }
 
@@ -414,9 +447,42 @@ impl Signals {
             _ = self.terminate.recv() => Asked::Stop { by_user: false },
         }
     }
+
+    /// The next one that asks for the end.
+    async fn stop(&mut self) {
+        while matches!(self.next().await, Asked::Reload) {
+            tracing::warn!("SIGHUP: weir ends; the config stays");
+        }
+    }
 }
 
 /// How long workers need to accept what waits in their queues; they need far less.
 const QUEUES_EMPTY: Duration = Duration::from_millis(50);
 /// How often the control thread looks whether the workers still run.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn drain_is_told_again_to_those_whose_mailbox_was_full() {
+        let mut drain = Drain::new(3, Duration::from_secs(60));
+        let told = RefCell::new(Vec::new());
+        let send = |is_full: bool| {
+            let told = &told;
+            move |index: usize, within: Duration| {
+                assert!(within <= Duration::from_secs(60) && within > Duration::from_secs(50));
+                told.borrow_mut().push(index);
+                !(is_full && index == 1)
+            }
+        };
+        drain.tell_by(send(true));
+        drain.tell_by(send(true));
+        drain.tell_by(send(false));
+        drain.tell_by(send(false));
+        assert_eq!(*told.borrow(), [0, 1, 2, 1, 1]);
+    }
+}

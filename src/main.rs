@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The `weir` command: reads its arguments, does what they say, picks the exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -8,7 +9,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if let Some(text) = failure.text() {
-                eprintln!("weir: {text}");
+                // Who does not listen cannot be told; the code says it too.
+                let _ = writeln!(std::io::stderr(), "weir: {text}");
             }
             ExitCode::from(failure.code())
         }

@@ -30,6 +30,7 @@ use turn::{Again, CANCEL, DESCRIPTOR};
 
 pub use dial::{DialFrom, DialOptions, Marks};
 pub use pipes::{SpliceLimits, Spliced};
+pub(crate) use probe::is_withheld;
 pub use probe::{Fallback, Features};
 pub use setup::{RingError, Setup};
 pub use turn::{Batch, Event};

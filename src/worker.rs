@@ -265,9 +265,11 @@ impl Handle {
     }
 
     /// Stop accepting, let flows end, reset what is left after `within`, then end the thread.
-    /// Asked again, the earlier end wins.
-    pub fn drain(&self, within: Duration) {
-        self.mailbox.send(Letter::Drain(within));
+    /// Asked again, the earlier end wins. False if the worker has too much to read just now: ask
+    /// again.
+    #[must_use]
+    pub fn drain(&self, within: Duration) -> bool {
+        self.mailbox.send(Letter::Drain(within))
     }
 
     /// Asks what the worker knows about each endpoint; as `flows`.
@@ -380,6 +382,9 @@ pub fn spawn(setup: Setup) -> Result<Handle, WorkerError> {
             Err(error) => return report(&ready, Err(error)),
         };
         report(&ready, Ok(*worker.ring.features()))?;
+        if ring::is_withheld(&format!("worker{index}")) {
+            return Err(RingError::Enter { source: io::ErrorKind::Other.into() });
+        }
         worker.run()
     };
     let thread = Builder::new().name(format!("weir-w{index}")).spawn(run).map_err(failed)?;

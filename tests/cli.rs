@@ -224,3 +224,129 @@ fn tune_lists_shows_and_explains() {
     assert_eq!(unknown.status.code(), Some(2));
     assert!(stderr(&unknown).contains("did you mean `latency`?"), "{}", stderr(&unknown));
 }
+
+/// Who ended with an error says why, and the code tells a supervisor to start it again.
+#[test]
+fn worker_that_fails_ends_weir_with_its_reason() {
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let output = weir()
+        .args(["forward", "--workers", "2", "--listen", &listen, "--to", "127.0.0.1:2"])
+        .env("WEIR_WITHOUT", "worker1")
+        .output()
+        .unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("weir: a worker stopped: enter the io_uring: "), "{said}");
+}
+
+#[test]
+fn stderr_that_nobody_reads_is_no_panic() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = weir().args(["config", "check", "nowhere.yaml"]).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(2));
+}
+
+#[test]
+fn longest_wait_is_a_wait() {
+    let running = Running::start("127.0.0.1:2".parse().unwrap());
+    let status = running.ask(&["status", "--wait", "18446744073709551615"]);
+    assert_eq!(status.status.code(), Some(0), "{}", stderr(&status));
+}
+
+/// A weir that refuses, as one does whose worker is stuck: that is no data.
+#[test]
+fn refusal_is_a_failure_in_every_format() {
+    let place = TempDir::new().unwrap();
+    let socket = place.path().join("admin.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
+            let _ =
+                stream.write_all(b"HTTP/1.0 503 Service Unavailable\r\n\r\na worker is stuck\n");
+        }
+    });
+    for verb in ["flows", "services", "endpoints"] {
+        for format in ["json", "table"] {
+            let output =
+                weir().args([verb, "-o", format, "--socket"]).arg(&socket).output().unwrap();
+            assert_eq!(output.status.code(), Some(1), "{verb} {format}");
+            assert!(output.stdout.is_empty(), "{verb} {format}");
+            assert_eq!(stderr(&output), "weir: weir refused: a worker is stuck\n");
+        }
+    }
+}
+
+#[test]
+fn file_in_place_of_the_admin_socket_stays() {
+    let place = TempDir::new().unwrap();
+    let (file, link) = (place.path().join("precious"), place.path().join("link"));
+    fs::write(&file, "data").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    for socket in [&file, &link] {
+        let output = weir()
+            .args(["forward", "--listen", "127.0.0.1:1", "--to", "127.0.0.1:2", "--socket"])
+            .arg(socket)
+            .output()
+            .unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains("what is there is no socket and stays"), "{said}");
+        assert_eq!(fs::read_to_string(socket).unwrap(), "data");
+    }
+    // What a killed weir has left is taken over.
+    let socket = place.path().join("admin.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let mut child = weir()
+        .args(["forward", "--workers", "1", "--listen", &taken, "--to", "127.0.0.1:2", "--socket"])
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    let ready = weir().args(["status", "--wait", "20", "--socket"]).arg(&socket).status().unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(ready.success());
+}
+
+/// Paths in a config lead to the same files at the start and at every reload.
+#[test]
+fn reload_of_a_relative_path_finds_nothing_changed() {
+    let place = TempDir::new().unwrap();
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    fs::write(place.path().join("mine.yaml"), "summary: mine\ninclude: balanced\n").unwrap();
+    let config = format!(
+        "profile: mine.yaml\nworkers: 1\nadmin: {{ socket: admin.sock }}\n\
+         forward: [{{ listen: \"{listen}\", endpoints: [\"127.0.0.1:2\"] }}]\n"
+    );
+    fs::write(place.path().join("weir.yaml"), config).unwrap();
+    let log = place.path().join("log");
+    let mut child = weir()
+        .current_dir(place.path())
+        .args(["run", "-c", "weir.yaml"])
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let socket = place.path().join("admin.sock");
+    let ready = weir().args(["status", "--wait", "20", "--socket"]).arg(&socket).status().unwrap();
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    let began = Instant::now();
+    let said = loop {
+        let said = fs::read_to_string(&log).unwrap();
+        if said.contains("reloaded") || began.elapsed() > Duration::from_secs(20) {
+            break said;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(ready.success() && said.contains("the config is reloaded"), "{said}");
+    assert!(!said.contains("cannot change"), "{said}");
+}

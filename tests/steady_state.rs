@@ -108,7 +108,7 @@ fn allocations(flows_per_source_max: u32, mode: RelayMode) -> usize {
     let is_spliced = spliced.iter().any(|counter| counter.value() > 0);
     assert_eq!(is_spliced, mode == RelayMode::Splice);
     drop(open);
-    handle.drain(Duration::ZERO);
+    assert!(handle.drain(Duration::ZERO));
     handle.join().unwrap();
     change.allocations + change.reallocations
 }

@@ -142,6 +142,15 @@ fn links_of_the_docs_lead_somewhere() {
     }
 }
 
+/// systemd removes a service's directory below /run when it stops, unless told otherwise; the admin
+/// socket and the note of `weir tune apply` are in it.
+#[test]
+fn note_of_tune_outlives_a_restart_of_the_service() {
+    let service = fs::read_to_string(root().join("deploy/systemd/weir.service")).unwrap();
+    let has = |line| service.lines().any(|other| other == line);
+    assert!(has("RuntimeDirectory=weir") && has("RuntimeDirectoryPreserve=yes"));
+}
+
 /// Who may use whom; leaves are allowed to everybody above them.
 const LAYERS: [(&str, &[&str]); 20] = [
     ("addr", &[]),

@@ -10,11 +10,11 @@ use crate::control::client::{Answer, ask};
 use crate::control::view::{EndpointView, FlowView, ServiceView, SourceView, Status};
 
 pub(super) fn status(socket: &Path, output: Output, wait: Option<u64>) -> Result<(), Failure> {
-    let until = wait.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let began = Instant::now();
     loop {
         let answer = ask(socket, "GET", "/status");
         let status = answer.and_then(|answer| answer.json::<Status>());
-        let late = until.is_none_or(|until| Instant::now() >= until);
+        let late = wait.is_none_or(|seconds| began.elapsed() >= Duration::from_secs(seconds));
         match status {
             Ok(status) if status.ready => return show_status(&status, output),
             Ok(status) if late => {
@@ -30,7 +30,7 @@ pub(super) fn status(socket: &Path, output: Output, wait: Option<u64>) -> Result
 pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
     let answer = ask(socket, "GET", "/flows").map_err(failed)?;
     if output == Output::Json {
-        return print(&format!("{}\n", answer.text()));
+        return print(&format!("{}\n", answer.body().map_err(failed)?));
     }
     let flows: Vec<FlowView> = answer.json().map_err(failed)?;
     print(&table(&flows))
@@ -39,7 +39,7 @@ pub(super) fn flows(socket: &Path, output: Output) -> Result<(), Failure> {
 pub(super) fn services(socket: &Path, output: Output) -> Result<(), Failure> {
     let answer = ask(socket, "GET", "/services").map_err(failed)?;
     if output == Output::Json {
-        return print(&format!("{}\n", answer.text()));
+        return print(&format!("{}\n", answer.body().map_err(failed)?));
     }
     let services: Vec<ServiceView> = answer.json().map_err(failed)?;
     let mut table = format!(
@@ -60,7 +60,7 @@ pub(super) fn services(socket: &Path, output: Output) -> Result<(), Failure> {
 pub(super) fn endpoints(socket: &Path, output: Output) -> Result<(), Failure> {
     let answer = ask(socket, "GET", "/endpoints").map_err(failed)?;
     if output == Output::Json {
-        return print(&format!("{}\n", answer.text()));
+        return print(&format!("{}\n", answer.body().map_err(failed)?));
     }
     let endpoints: Vec<EndpointView> = answer.json().map_err(failed)?;
     let mut table = format!(

@@ -5,7 +5,7 @@
 //! anything be changed. HTTP is read-only.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,13 +86,16 @@ fn refused(place: String, source: io::Error) -> RunError {
 }
 
 /// A socket file that nobody listens on is left over from a weir that was killed: replaced.
+/// Anything else that is there is somebody's.
 fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)?,
+        Ok(_) => return Err(io::ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(_) => {}
+    }
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
@@ -113,6 +116,9 @@ fn read_only() -> Router<Arc<Running>> {
 
 fn cure(error: &io::Error) -> &'static str {
     match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            " (what is there is no socket and stays: give admin.socket another path, or move it away)"
+        }
         io::ErrorKind::AddrInUse => " (`ss -ltnp` shows by whom)",
         io::ErrorKind::PermissionDenied => " (choose a place this user may write to)",
         _ => "",

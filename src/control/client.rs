@@ -72,14 +72,7 @@ impl Answer {
     ///
     /// A refusal, or another shape.
     pub fn json<T: DeserializeOwned>(self) -> Result<T, AskError> {
-        let body = self.accepted()?;
-        Ok(serde_json::from_str(&body)?)
-    }
-
-    /// The body as it came.
-    #[must_use]
-    pub fn text(&self) -> &str {
-        &self.body
+        Ok(serde_json::from_str(&self.body()?)?)
     }
 
     /// Only whether it was done.
@@ -88,11 +81,20 @@ impl Answer {
     ///
     /// A refusal.
     pub fn done(self) -> Result<(), AskError> {
-        self.accepted().map(drop)
+        self.body().map(drop)
     }
 
-    fn accepted(self) -> Result<String, AskError> {
-        if self.status == 200 { Ok(self.body) } else { Err(AskError::Refused(self.body)) }
+    /// The body as it came.
+    ///
+    /// # Errors
+    ///
+    /// A refusal.
+    pub fn body(self) -> Result<String, AskError> {
+        if self.status == 200 {
+            Ok(self.body)
+        } else {
+            Err(AskError::Refused(self.body.trim().to_owned()))
+        }
     }
 }
 

@@ -21,8 +21,7 @@ pub(super) fn share(config: &Config, workers: usize) -> Result<Share, RunError> 
     if needed > limit {
         return Err(RunError::Descriptors { flows_max, limit, needed, workers });
     }
-    let listeners = config.forward.len() + 3;
-    let base = (workers * (listeners + OF_A_WORKER)) as u64 + OF_CONTROL;
+    let base = (workers * (listeners(config) + OF_A_WORKER)) as u64 + OF_CONTROL;
     let Share { pipes_max, spliced_flows_max, .. } = share;
     let wanted = u64::from(pipes_max + spliced_flows_max) * 2 * workers as u64;
     match config.profile.relay.mode {
@@ -38,6 +37,18 @@ pub(super) fn share(config: &Config, workers: usize) -> Result<Share, RunError> 
         }
         RelayMode::Copy | RelayMode::Sockmap => Ok(share),
     }
+}
+
+/// Sockets of one worker that listen, at most.
+fn listeners(config: &Config) -> usize {
+    let captured = config.workloads.iter().map(|captured| {
+        // Outbound has one for each family.
+        usize::from(captured.inbound.is_some()) + 2 * usize::from(captured.outbound.is_some())
+    });
+    let taken_over = config.takeover.iter().map(|takeover| {
+        2 + takeover.services.iter().filter(|wanted| wanted.listen.is_some()).count()
+    });
+    config.forward.len() + captured.chain(taken_over).sum::<usize>()
 }
 
 /// An equal part for each worker, rounded up.
@@ -69,6 +80,16 @@ const OF_CONTROL: u64 = 96;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_listener_is_counted() {
+        let text = "forward:\n- { listen: \"127.0.0.1:1\", endpoints: [\"127.0.0.1:2\"] }\n\
+                    takeover: { services: [{ name: a }, { name: b, listen: \"127.0.0.2:3\" }] }\n\
+                    inbound: {}\n\
+                    workloads:\n- { netns: /a, inbound: {}, outbound: {} }\n\
+                    - { cgroup: /c, outbound: {} }\n";
+        assert_eq!(listeners(&Config::parse("weir.yaml", None, text).unwrap()), 1 + 3 + 1 + 3 + 2);
+    }
 
     #[test]
     fn fewer_descriptors_mean_fewer_of_both() {

@@ -111,8 +111,9 @@ fn install_works(ring: &mut Ring) -> Result<bool, RingError> {
 }
 
 /// Whether a test wants this feature to be lacking (`WEIR_WITHOUT=receive_limit,deferred_work`), so
-/// that the ways of older kernels are tried on newer ones. Only where debug assertions are on.
-pub(super) fn is_withheld(feature: &str) -> bool {
+/// that the ways of older kernels are tried on newer ones; `worker1` is a worker that fails at once. Only
+/// where debug assertions are on.
+pub(crate) fn is_withheld(feature: &str) -> bool {
     cfg!(debug_assertions)
         && std::env::var("WEIR_WITHOUT")
             .is_ok_and(|list| list.split(',').any(|word| word == feature))

@@ -26,7 +26,8 @@ impl Changes {
     pub fn listen() -> io::Result<Changes> {
         let routes = subscribe(SockProtocol::NetlinkRoute, ROUTES)?;
         let tables = subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?;
-        Ok(Changes { news: false, sockets: [routes, tables] })
+        // What changed before the first message could come is news too.
+        Ok(Changes { news: true, sockets: [routes, tables] })
     }
 
     /// Something has changed since `seen` was called.

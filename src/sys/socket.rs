@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "descriptors and addresses come raw from the kernel")]
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -204,10 +204,28 @@ pub fn waiting(listener: BorrowedFd<'_>) -> io::Result<u32> {
 }
 
 /// Whether dialling `ip` would reach this host: an address can be bound only where it is local
-/// (where `ip_nonlocal_bind` is set, every one counts as local).
+/// (where `ip_nonlocal_bind` is set, every one counts as local). One that holds on its link only
+/// cannot be bound without saying which link: there the kernel's list is asked.
 #[must_use]
 pub fn is_local_address(ip: IpAddr) -> bool {
-    ip.is_loopback() || ip.is_unspecified() || std::net::UdpSocket::bind((ip, 0)).is_ok()
+    let is_listed = || match ip {
+        IpAddr::V6(ip) if ip.is_unicast_link_local() => {
+            // Of this thread's network namespace.
+            std::fs::read_to_string("/proc/thread-self/net/if_inet6")
+                .is_ok_and(|list| is_in_list(&list, ip))
+        }
+        _ => false,
+    };
+    ip.is_loopback()
+        || ip.is_unspecified()
+        || std::net::UdpSocket::bind((ip, 0)).is_ok()
+        || is_listed()
+}
+
+/// A line for each address, which comes first, in hexadecimal (`if6_seq_show` in net/ipv6/addrconf.c).
+fn is_in_list(list: &str, ip: Ipv6Addr) -> bool {
+    let wanted = format!("{:032x}", ip.to_bits());
+    list.lines().any(|line| line.split(' ').next() == Some(wanted.as_str()))
 }
 
 /// The number of the network namespace we are in, as BPF programs see it (`SO_NETNS_COOKIE`,
@@ -346,6 +364,15 @@ mod tests {
 
     const OPTIONS: ListenOptions =
         ListenOptions { backlog: 16, mark: None, nodelay: true, shared: true, transparent: false };
+
+    #[test]
+    fn link_local_addresses_of_this_host_are_found_without_their_link() {
+        let list = "fe80000000000000000000fffe000001 02 40 20 80     eth0\n\
+                    00000000000000000000000000000001 01 80 10 80       lo\n";
+        assert!(is_in_list(list, "fe80::ff:fe00:1".parse().unwrap()));
+        assert!(!is_in_list(list, "fe80::ff:fe00:2".parse().unwrap()));
+        assert!(!is_local_address("fe80::dead:beef".parse().unwrap()));
+    }
 
     #[test]
     fn port_in_use_names_the_address_and_the_cure() {

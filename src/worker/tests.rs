@@ -80,7 +80,7 @@ impl Forwarder {
 
     /// Drains; every flow that was opened must have been closed.
     fn end(self) {
-        self.handle.drain(Duration::ZERO);
+        assert!(self.handle.drain(Duration::ZERO));
         until(|| self.handle.is_finished(), "the worker ended");
         let counters = Arc::clone(&self.handle.counters);
         self.handle.join().unwrap();

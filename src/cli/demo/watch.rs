@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::lab::{Lab, Place, is_interrupted};
-use crate::control::client::ask;
+use crate::control::client::{Answer, ask};
 use crate::control::view::FlowView;
 
 /// What the counters said at one moment.
@@ -62,7 +62,7 @@ pub(super) fn live(lab: &Lab, socket: &Path, seconds: u64, say: &mut dyn FnMut(&
 
 /// Flows opened and bytes moved, inbound and outbound.
 pub(super) fn totals(socket: &Path) -> Totals {
-    let text = ask(socket, "GET", "/metrics").map(|answer| answer.text().to_owned());
+    let text = ask(socket, "GET", "/metrics").and_then(Answer::body);
     let text = text.unwrap_or_default();
     let sum = |name: &str, direction: &str| {
         let of = |line: &str| line.starts_with(name) && line.contains(direction);

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 
 use super::{Finding, Outcome, finding};
 use crate::capture::{
-    MARK_MASK, Neighbour, OUTBOUND_MARK, OWN_MARK, ROUTE_TABLE, STEER_MARK, conntrack_use,
-    neighbours,
+    FOREIGN_MARK, MARK_MASK, Neighbour, OUTBOUND_MARK, OWN_MARK, ROUTE_TABLE, STEER_MARK,
+    conntrack_use, neighbours,
 };
 use crate::config::{Captured, Config, InboundCapture, OutboundCapture, SourceAddress, Workload};
 use crate::profile::Profile;
@@ -102,7 +102,7 @@ pub(super) fn conflicts(config: Option<&Config>) -> Vec<Finding> {
     }));
     findings.extend(foreign_rules(&listed("ip", &["rule"])).into_iter().map(|rule| {
         let cure =
-            "choose marks outside the mask 0xfff for it, or leave out weir's (0x539 to 0x53b)";
+            "choose marks outside the mask 0xfff for it, or leave out weir's (0x539 to 0x53c)";
         warning(format!("`ip rule` {rule} matches a mark of weir's"), cure.to_owned())
     }));
     findings.extend(programs(config));
@@ -181,8 +181,13 @@ fn foreign_rules(rules: &str) -> Vec<String> {
             None => return false,
         };
         let Some((mark, mask)) = mark.zip(mask) else { return false };
+        // One of ours leads nowhere: it keeps the way back of packets that keep their mark.
+        let is_way_back = line.contains("iif lo fwmark 0x53c/0xfff goto ");
         !line.trim_end().ends_with(&ours)
-            && [OWN_MARK, STEER_MARK, OUTBOUND_MARK].iter().any(|own| own & mask == mark)
+            && !is_way_back
+            && [OWN_MARK, STEER_MARK, OUTBOUND_MARK, FOREIGN_MARK]
+                .iter()
+                .any(|own| own & mask == mark)
     };
     rules.lines().filter(matches).map(str::to_owned).collect()
 }
@@ -235,10 +240,13 @@ mod tests {
                      100:\tfrom all fwmark 0x53a/0xfff lookup 133\n\
                      101:\tfrom all fwmark 0x1/0x1 lookup 200\n\
                      102:\tfrom all fwmark 0x40000/0xc0000 lookup 7\n\
-                     103:\tfrom all fwmark 0x539 lookup 100\n";
+                     103:\tfrom all fwmark 0x539 lookup 100\n\
+                     104:\tfrom all fwmark 0x53c/0xfff lookup 100\n\
+                     105:\tfrom all iif lo fwmark 0x53c/0xfff goto 32766\n";
         let found = foreign_rules(rules);
-        assert_eq!(found.len(), 2, "{found:?}");
-        assert!(found[0].starts_with("101:") && found[1].starts_with("103:"));
+        assert_eq!(found.len(), 3, "{found:?}");
+        let begins = ["101:", "103:", "104:"];
+        assert!(found.iter().zip(begins).all(|(rule, begin)| rule.starts_with(begin)));
     }
 
     #[test]

@@ -135,14 +135,15 @@ impl Weir {
     pub(super) fn opened(&self, direction: &str, capture: &str) -> u64 {
         let series =
             format!("weir_flows_opened_total{{direction=\"{direction}\",capture=\"{capture}\"}} ");
-        let Ok(answer) = client::ask(&self.socket, "GET", "/metrics") else { return 0 };
-        let count = answer.text().lines().find_map(|line| line.strip_prefix(&series));
+        let answer = client::ask(&self.socket, "GET", "/metrics").and_then(client::Answer::body);
+        let Ok(text) = answer else { return 0 };
+        let count = text.lines().find_map(|line| line.strip_prefix(&series));
         count.and_then(|count| count.parse().ok()).unwrap_or_default()
     }
 
     fn is_ready(&self) -> bool {
         let answer = client::ask(&self.socket, "GET", "/readyz");
-        answer.is_ok_and(|answer| answer.text().starts_with("ready"))
+        answer.and_then(client::Answer::done).is_ok()
     }
 
     fn last_words(&self) -> String {
