@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::places::Place;
-use super::tracking::{Counts, Losses};
+use super::tracking::{Counts, Losses, Tally};
 use super::{RunError, Running};
 use crate::capture::{
     self, Capture, Filters, HookPlan, Netfilter, Part, Plan, Prepared, SOCKET_MARK,
@@ -21,6 +21,7 @@ use crate::sys::closing;
 /// Capture in place, in one network namespace after the other.
 pub(super) struct Capturing {
     count_at: Instant,
+    counted: Tally,
     look_at: Instant,
     places: Vec<Taken>,
 }
@@ -29,6 +30,8 @@ pub(super) struct Capturing {
 struct Taken {
     /// `None` only while it is being dropped.
     capture: Option<Capture>,
+    /// What was counted here so far.
+    counted: Counts,
     /// What was missing at the last look.
     missing: Option<Part>,
     /// Connects that others had led elsewhere when it was last said, and when that may be said again.
@@ -139,12 +142,13 @@ impl Capturing {
             let capture = Some(place.within(|| prepared.install())??);
             let overruled = (0, Instant::now());
             let losses = place.within(Losses::new)?;
-            places.push(Taken { capture, losses, missing: None, overruled, place });
+            let counted = Counts::default();
+            places.push(Taken { capture, counted, losses, missing: None, overruled, place });
         }
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
         let now = Instant::now();
-        Ok(Capturing { count_at: now, look_at: now, places })
+        Ok(Capturing { count_at: now, counted: Tally::default(), look_at: now, places })
     }
 
     /// Takes what `config` says from now on, in every place or in none.
@@ -206,12 +210,18 @@ impl Capturing {
             return;
         }
         self.look_at = Instant::now() + LOOK_EVERY;
-        self.places.retain(|taken| !taken.left(running));
+        let counted = &mut self.counted;
+        self.places.retain(|taken| {
+            let left = taken.left(running);
+            if left {
+                counted.leave(taken.counted);
+            }
+            !left
+        });
         let mut stands = true;
         if Instant::now() >= self.count_at {
             self.count_at = Instant::now() + COUNT_EVERY;
-            let counts = self.places.iter_mut().map(Taken::count);
-            running.counted.set(counts.fold(Counts::default(), Counts::and));
+            running.counted.set(self.counted.with(self.places.iter_mut().map(Taken::count)));
         }
         for taken in &mut self.places {
             taken.watch_neighbours();
@@ -245,10 +255,10 @@ impl Taken {
         gone
     }
 
-    /// What rules and connection tracking counted; losses are said.
+    /// What rules and connection tracking counted so far; losses are said.
     fn count(&mut self) -> Counts {
-        let Taken { capture: Some(capture), losses, place, .. } = self else {
-            return Counts::default();
+        let Taken { capture: Some(capture), counted, losses, place, .. } = self else {
+            return self.counted;
         };
         let workload = place.name();
         let count = || {
@@ -257,7 +267,10 @@ impl Taken {
             counts
         };
         // A namespace that cannot be entered has gone, and is noticed as such.
-        place.within(count).unwrap_or_default()
+        if let Ok(counts) = place.within(count) {
+            *counted = counts;
+        }
+        *counted
     }
 
     /// A program that runs after ours on the workload's connects has the last word.

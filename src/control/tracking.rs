@@ -24,6 +24,12 @@ pub(super) struct Counted {
     port_rewritten: AtomicU64,
 }
 
+/// The sum over every place that there is or was: a counter never goes back.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    gone: Counts,
+}
+
 /// Losses that were said already.
 #[derive(Debug)]
 pub(super) struct Losses {
@@ -87,6 +93,18 @@ impl Counts {
                 port_rewritten: one.port_rewritten + two.port_rewritten,
             },
         }
+    }
+}
+
+impl Tally {
+    /// A place has gone, and had counted so far.
+    pub(super) fn leave(&mut self, last: Counts) {
+        self.gone = self.gone.and(last);
+    }
+
+    /// With what the places that are there have counted.
+    pub(super) fn with(&self, living: impl Iterator<Item = Counts>) -> Counts {
+        living.fold(self.gone, Counts::and)
     }
 }
 
@@ -154,6 +172,15 @@ const QUIET: Duration = Duration::from_secs(60);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_workload_that_left_had_counted_stays() {
+        let of = |dropped| Counts { dropped, ..Counts::default() };
+        let mut tally = Tally::default();
+        assert_eq!(tally.with([of(3), of(4)].into_iter()), of(7));
+        tally.leave(of(4));
+        assert_eq!(tally.with([of(5)].into_iter()), of(9));
+    }
 
     #[test]
     fn timer_runs_out_before_the_entry_does() {
