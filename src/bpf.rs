@@ -28,7 +28,7 @@ use pins::Pins;
 
 pub use filters::Filters;
 pub use neighbours::{Neighbour, neighbours};
-pub use pins::{PinError, Pinned};
+pub use pins::{PinError, Pinned, tidy};
 pub use records::{Losses, Records};
 
 pub mod sockmap;

@@ -11,4 +11,5 @@ pub mod netlink;
 pub mod netns;
 pub mod pipe;
 pub mod process;
+pub mod signals;
 pub mod socket;

@@ -123,6 +123,13 @@ impl Pinned {
     }
 }
 
+/// Takes our directory away if nothing is in it: a look whether pins can be made has made it.
+pub fn tidy() {
+    if let Some(pins) = Pins::find() {
+        pins.tidy();
+    }
+}
+
 /// The link that is pinned at `path`, if it still leads from that cgroup.
 pub(super) fn adopt(path: &Path, cgroup: u64) -> Option<OwnedFd> {
     let link = links::pinned(path).ok()?;

@@ -7,10 +7,16 @@ use std::path::Path;
 
 use super::{Failure, Output, print, run};
 use crate::control::check::{self, Finding, Outcome};
+use crate::sys::signals;
 
 pub(super) fn check(file: Option<&Path>, output: Output, strict: bool) -> Result<(), Failure> {
     let config = file.map(run::load).transpose()?;
+    // What is tried in must go, whoever wants the end.
+    signals::catch().map_err(|error| Failure::Failed(format!("check: {error}")))?;
     let findings = check::run(config.as_ref());
+    if signals::is_interrupted() {
+        return Err(Failure::Interrupted);
+    }
     match output {
         Output::Json => {
             let json = serde_json::to_string(&findings);

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::{Failure, ask, print};
 use crate::config;
+use crate::sys::signals;
 
 use lab::{CLIENT, Lab, NODE_TO_CLIENT, Place, Refusal, SERVER, bare};
 use servers::{SERVER_LOG, WORKLOAD_LOG};
@@ -20,9 +21,9 @@ pub(super) fn run(seconds: u64) -> Result<(), Failure> {
         let text = "demo makes network namespaces and needs root (`sudo weir demo`)";
         return Err(Failure::Preflight(text.to_owned()));
     }
-    lab::catch_signals().map_err(|error| Failure::Failed(format!("demo: {error}")))?;
+    signals::catch().map_err(|error| Failure::Failed(format!("demo: {error}")))?;
     Demo { seconds }.tell().map_err(|refusal| {
-        if lab::is_interrupted() {
+        if signals::is_interrupted() {
             step("interrupted: namespaces, cgroup and files are removed");
             return Failure::Interrupted;
         }

@@ -3,6 +3,7 @@
 //! cgroup, gone afterwards. Nothing of the host is changed.
 
 use super::{forwarding, start};
+use crate::bpf;
 use crate::config::Config;
 use crate::profile::Profile;
 use crate::ring::{self, DialOptions, Features, Ring};
@@ -53,6 +54,7 @@ pub fn run(config: Option<&Config>) -> Vec<Finding> {
     findings.extend(host::conflicts(config));
     if let Some(config) = config.filter(|config| !config.workloads.is_empty()) {
         let prepared = start::prepare(config).map(drop);
+        bpf::tidy();
         let what = "what this config captures can be captured where its workloads live";
         findings.push(finding("config", what, prepared.map_err(|error| error.to_string())));
     }

@@ -124,7 +124,7 @@ pub(super) fn refuse_loops(config: &Config, own_ports: &OwnPorts) -> Result<(), 
 }
 
 /// One entry a worker: its CPU, if it has one of its own.
-fn cpus(workers: &Workers) -> Result<Vec<Option<usize>>, RunError> {
+pub(super) fn cpus(workers: &Workers) -> Result<Vec<Option<usize>>, RunError> {
     let allowed = process::allowed_cpus().map_err(RunError::Runtime)?;
     Ok(match workers {
         Workers::Auto => allowed.into_iter().map(Some).collect(),

@@ -3,7 +3,10 @@
 
 use serde_json::Value;
 
-use crate::harness::{Cgroup, Net, Place, config_file, said, weir};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Bpffs, Cgroup, Net, Place, config_file, said, until, weir};
 use crate::hook::foreign;
 
 /// The findings of one run, as (outcome, what, cure), and the exit code.
@@ -41,6 +44,48 @@ fn every_mode_is_tried_by_a_connection() {
     let text = net.run(Place::Node, &[weir(), "check"]);
     assert!(text.starts_with("ring\n----\n\u{221a} ") && text.ends_with("all in all: \u{221a}\n"));
     assert!(net.is_clean());
+}
+
+/// Whatever ends a check, nothing of it stays: interrupted it clears up itself, killed the next one does.
+#[test]
+fn check_that_is_ended_leaves_nothing() {
+    let (net, cgroup) = (Net::new(), Cgroup::new());
+    let mount = cgroup.directory().parent().unwrap();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
+        let mut child = net.command(Place::Node, weir()).arg("check").spawn().unwrap();
+        let name = format!("weir-check-{}", child.id());
+        let places = [mount.join(&name), std::env::temp_dir().join(&name)];
+        // A weir of its own runs by now.
+        until("a mode is being tried", || places[1].join("admin.sock").exists());
+        kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+        let code = child.wait().unwrap().code();
+        if signal == Signal::SIGKILL {
+            net.run(Place::Node, &[weir(), "check", "-o", "json"]);
+        } else {
+            assert_eq!(code, Some(130), "{signal}");
+        }
+        assert!(!places.iter().any(|place| place.exists()), "{signal}");
+        let config = places[1].join("weir.yaml").display().to_string();
+        let is_its = |entry: std::fs::DirEntry| {
+            let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&words).contains(&config)
+        };
+        assert!(!std::fs::read_dir("/proc").unwrap().flatten().any(is_its), "{signal}");
+    }
+}
+
+/// A look whether pins could be made makes none, and no place for them.
+#[test]
+fn check_of_a_closed_config_leaves_no_place_for_pins() {
+    let (net, cgroup, bpffs) = (Net::new(), Cgroup::new(), Bpffs::new());
+    let place = tempfile::TempDir::new().unwrap();
+    let text = format!("on_exit: closed\noutbound: {{ workload: {{ cgroup: {} }} }}", cgroup.path);
+    let file = config_file(&place, &text);
+    let mut command = bpffs.command(&net, Place::Node, weir());
+    let output = command.args(["check", "-c"]).arg(file).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("\u{221a} what this config captures can be captured"), "{text}");
+    assert_eq!(bpffs.pins(&net), Vec::<String>::new());
 }
 
 /// Others who capture, translate or filter are named, and so are marks and programs in the way.

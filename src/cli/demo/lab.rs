@@ -6,12 +6,10 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal};
-
 use crate::sys::cgroup;
+use crate::sys::signals::is_interrupted;
 
 /// A client, a node with a workload, and a server.
 pub(super) struct Lab {
@@ -204,22 +202,6 @@ pub(super) fn run(program: &str, words: &[&str]) -> Result<(), Refusal> {
     Err(format!("{program} {}: {}", words.join(" "), said.trim()))
 }
 
-/// Ctrl-C shall end the story, not the program: the lab must go.
-pub(super) fn catch_signals() -> io::Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]);
-    signals.thread_block()?;
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        // Fails only for an invalid set.
-        let _ = signals.wait();
-        INTERRUPTED.store(true, Ordering::Relaxed);
-    })?;
-    Ok(())
-}
-
-pub(super) fn is_interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
-}
-
 /// Waits until `is_done`, in vain if it takes too long.
 pub(super) fn wait(mut is_done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
@@ -276,7 +258,6 @@ fn refused(step: &str, path: &Path, error: &io::Error) -> Refusal {
     format!("{step} {}: {error}", path.display())
 }
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 const PREFIX: &str = "weir-demo-";
 /// Addresses of each end, IPv4 and IPv6.
 pub(super) const CLIENT: [&str; 2] = ["10.99.1.2/24", "fd99:1::2/64"];

@@ -88,7 +88,7 @@ pub(super) const fn names(from: Place) -> (&'static str, &'static str) {
 pub(super) const SERVER_LOG: &str = "server-access.log";
 pub(super) const WORKLOAD_LOG: &str = "workload-access.log";
 
-/// Two workers, because two CPUs are the least that a demo meets. It logs nothing of the load:
+/// One worker: two CPUs are the least that a demo meets, and there are two servers. It logs nothing of the load:
 /// that would measure the disk.
 const NGINX: &str = r#"
 daemon off;

@@ -4,9 +4,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::lab::{Lab, Place, is_interrupted};
+use super::lab::{Lab, Place};
 use crate::control::client::{Answer, ask};
 use crate::control::view::FlowView;
+use crate::sys::signals::is_interrupted;
 
 /// What the counters said at one moment.
 #[derive(Clone, Copy, Debug, Default)]

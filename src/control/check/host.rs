@@ -5,12 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::super::start;
 use super::{Finding, Outcome, finding};
 use crate::capture::{
     FOREIGN_MARK, MARK_MASK, Neighbour, OUTBOUND_MARK, OWN_MARK, ROUTE_TABLE, STEER_MARK,
     conntrack_use, neighbours,
 };
-use crate::config::{Captured, Config, InboundCapture, OutboundCapture, SourceAddress, Workload};
+use crate::config::{
+    Captured, Config, InboundCapture, OutboundCapture, SourceAddress, Workers, Workload,
+};
 use crate::profile::Profile;
 use crate::sys::process;
 
@@ -18,8 +21,9 @@ use crate::sys::process;
 pub(super) fn limits(profile: &Profile, config: Option<&Config>) -> Vec<Finding> {
     let somaxconn = number("/proc/sys/net/core/somaxconn").unwrap_or_default();
     let backlog = u64::from(profile.limits.backlog);
-    let workers = process::allowed_cpus().map_or(1, |cpus| cpus.len().max(1));
-    let needed = profile.limits.flows_max as usize / workers * 2;
+    let workers = config.map_or(&Workers::Auto, |config| &config.workers);
+    let workers = start::cpus(workers).map_or(1, |cpus| cpus.len().max(1));
+    let needed = (profile.limits.flows_max as usize).div_ceil(workers) * 2;
     let limit = process::raise_descriptor_limit().unwrap_or_default();
     let cure = format!("raise RLIMIT_NOFILE to {needed}, or lower limits.flows_max");
     let what = format!("{} flows on {workers} workers", profile.limits.flows_max);
@@ -233,6 +237,16 @@ const TRANSLATES: &str = "what weir takes by tproxy is not tracked and so not tr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_those_of_the_workers_that_the_config_wants() {
+        let text =
+            "workers: 3\nforward: [{ listen: \"127.0.0.1:1\", endpoints: [\"127.0.0.1:2\"] }]\n";
+        let config = Config::parse("weir.yaml", None, text).unwrap();
+        let findings = limits(&config.profile, Some(&config));
+        let is_told = |one: &Finding| one.what.ends_with(" flows on 3 workers");
+        assert!(findings.iter().any(is_told), "{findings:?}");
+    }
 
     #[test]
     fn rules_that_match_our_marks_are_told_from_others() {

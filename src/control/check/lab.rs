@@ -6,14 +6,18 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use super::super::client;
 use crate::sys::cgroup;
+use crate::sys::signals::is_interrupted;
 
 /// Where modes are tried.
 pub(super) struct Lab {
@@ -36,7 +40,8 @@ struct Namespace(File);
 impl Lab {
     /// Builds it. Servers that tell everybody their own address wait at both ends.
     pub(super) fn build() -> Result<Lab, String> {
-        let own = format!("weir-check-{}", std::process::id());
+        let own = format!("{PREFIX}{}", std::process::id());
+        sweep();
         let mount = cgroup::mount().map_err(|error| error.to_string())?;
         let lab = Lab {
             cgroup: mount.join(&own),
@@ -85,7 +90,8 @@ impl Lab {
         let mut weir = Weir { child, log, socket };
         let deadline = Instant::now() + READY_WITHIN;
         while !weir.is_ready() {
-            if Instant::now() > deadline || !matches!(weir.child.try_wait(), Ok(None)) {
+            let is_over = is_interrupted() || !matches!(weir.child.try_wait(), Ok(None));
+            if is_over || Instant::now() > deadline {
                 return Err(weir.last_words());
             }
             std::thread::sleep(LOOK_EVERY);
@@ -127,6 +133,34 @@ impl Drop for Lab {
             std::thread::sleep(LOOK_EVERY);
         }
         let _ = fs::remove_dir_all(&self.place);
+    }
+}
+
+/// Labs of checks that were killed: the weir that was being tried, its files, and the cgroup.
+fn sweep() {
+    let labs = [Some(std::env::temp_dir()), cgroup::mount().ok()].into_iter().flatten();
+    for entry in labs.flat_map(fs::read_dir).flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(PREFIX).filter(|pid| pid.parse::<u32>().is_ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            end_those_of(&std::env::temp_dir().join(&name));
+            // A directory with files is one of files, and an empty one a cgroup, or nearly gone.
+            let _ = fs::remove_dir(entry.path()).or_else(|_| fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
+/// A weir that was started with a config in `place`.
+fn end_those_of(place: &Path) {
+    let config = place.join("weir.yaml");
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = words.split(|byte| *byte == 0);
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(pid) = pid.filter(|_| words.any(|word| word == config.as_os_str().as_bytes())) {
+            // It may have ended by itself.
+            let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
     }
 }
 
@@ -237,6 +271,8 @@ fn greet(listener: TcpListener) {
 }
 
 const ANY: &str = "::";
+/// Names begin so, and then comes the process id.
+const PREFIX: &str = "weir-check-";
 /// The servers'.
 pub(super) const PORT: u16 = 9000;
 pub(super) const NODE: [&str; 2] = ["10.97.1.1", "fd97:1::1"];

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use super::lab::{FAR, Lab, NODE, PORT};
 use super::{Finding, Outcome, finding};
 use crate::config::Config;
+use crate::sys::signals::is_interrupted;
 
 /// One way of capture.
 struct Mode {
@@ -29,7 +30,8 @@ pub(super) fn findings() -> Vec<Finding> {
             return vec![finding("capture", what, Err(error))];
         }
     };
-    MODES.iter().filter_map(|mode| mode.finding(&lab)).collect()
+    let modes = MODES.iter().take_while(|_| !is_interrupted());
+    modes.filter_map(|mode| mode.finding(&lab)).collect()
 }
 
 impl Mode {
