@@ -45,6 +45,7 @@ mod reload;
 mod routes;
 pub mod rules;
 mod services;
+mod serving;
 pub mod shown;
 mod start;
 mod takeover;
@@ -231,7 +232,7 @@ pub fn run(config: Config, file: Option<&Path>) -> Result<(), RunError> {
         .map_err(RunError::Runtime)?;
     let (running, interrupted) = runtime.block_on(serve(config, file))?;
     // Its tasks hold the workers too, those of connections that are open just now among them.
-    drop(runtime);
+    runtime.shutdown_timeout(TASKS_END_WITHIN);
     let result = finish(running, interrupted);
     tracing::info!("weir ends");
     result
@@ -458,6 +459,8 @@ impl Signals {
 
 /// How long workers need to accept what waits in their queues; they need far less.
 const QUEUES_EMPTY: Duration = Duration::from_millis(50);
+/// A task that is stuck in a system call, as on a disk that does not answer, is left alone.
+const TASKS_END_WITHIN: Duration = Duration::from_secs(1);
 /// How often the control thread looks whether the workers still run.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 

@@ -51,21 +51,9 @@ fn read(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes
                     `forward:` or `workloads:`";
         mistakes.add(section.place(), "", text);
     }
-    names_apart(&config, section, mistakes);
     overlaps(&claims, mistakes);
     loops(&claims, &dials, mistakes);
     config
-}
-
-/// Plain listeners and services of takeover share one table.
-fn names_apart(config: &Config, section: &Section, mistakes: &mut Mistakes) {
-    let wanted = config.takeover.iter().flat_map(|takeover| &takeover.services);
-    for name in wanted.map(|wanted| &wanted.name) {
-        if config.forward.iter().any(|forward| forward.name == *name) {
-            let text = format!("the name {name} is taken by a plain listener");
-            mistakes.add(section.place(), "takeover.services", text);
-        }
-    }
 }
 
 fn profile(section: &mut Section, directory: Option<&Path>, mistakes: &mut Mistakes) -> Profile {

@@ -17,8 +17,10 @@ use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use tokio::net::unix::SocketAddr as UnixAddr;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
 use super::services::{endpoint_views, name_registries, service_views};
+use super::serving::{Bounds, serve};
 use super::takeover::TakingOver;
 use super::view::{EndpointView, FlowView, SourceView, Status};
 use super::{RunError, Running, exposition};
@@ -59,7 +61,7 @@ impl Bound {
         }
         if let Some(listener) = self.http.take() {
             let router = read_only().with_state(Arc::clone(running));
-            tokio::spawn(axum::serve(listener, router).into_future());
+            tokio::spawn(serve(listener, router, Bounds::USUAL));
         }
     }
 }
@@ -204,9 +206,9 @@ async fn services(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let (table, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
     let mut services = service_views(&table, &endpoints);
     if let Some(taking_over) = running.taking_over.get() {
-        for service in &mut services {
+        for (service, view) in table.services().zip(&mut services) {
             let sources = taking_over.sources(&service.name);
-            service.sources = sources.into_iter().map(SourceView::from).collect();
+            view.sources = sources.into_iter().map(SourceView::from).collect();
         }
     }
     Ok::<_, Refusal>(axum::Json(services))
@@ -228,6 +230,8 @@ async fn endpoint_list(running: &Running) -> Option<(Arc<Table>, Vec<EndpointVie
 }
 
 async fn flows(State(running): State<Arc<Running>>) -> impl IntoResponse {
+    // A list of a million flows is large: one at a time.
+    let _turn = LISTING.acquire().await;
     let mut views: Vec<FlowView> = Vec::new();
     for worker in &running.workers {
         match list(worker.flows()).await {
@@ -259,6 +263,7 @@ async fn list<T>(from: std::sync::mpsc::Receiver<Vec<T>>) -> Option<Vec<T>> {
 type Refusal = (StatusCode, &'static str);
 
 const SILENT: Refusal = (StatusCode::SERVICE_UNAVAILABLE, "a worker did not answer\n");
+static LISTING: Semaphore = Semaphore::const_new(1);
 /// A worker answers within a turn, far below a millisecond.
 const ROWS_LOOK: Duration = Duration::from_millis(1);
 /// Two seconds in all.

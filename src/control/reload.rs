@@ -119,7 +119,7 @@ impl Reloader {
         }
         for old in &self.config.forward {
             if new.forward.iter().all(|forward| forward.name != old.name) {
-                running.services.change(|directory| directory.remove(&old.name));
+                running.services.leave(&old.name);
             }
         }
         running.in_force.send_replace(InForce::of(&new));

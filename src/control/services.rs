@@ -41,9 +41,15 @@ impl Services {
         let now = Instant::now();
         let enter = |forward: &Forward| {
             let (manner, endpoints) = (forward.manner.clone(), forward.endpoints.clone());
-            self.change(|directory| directory.set(&forward.name, manner, endpoints, now))
+            let key = key_of(&forward.name);
+            self.change(|directory| directory.set(&key, manner, endpoints, now))
         };
         forward.iter().map(enter).collect()
+    }
+
+    /// A plain listener is no more.
+    pub(super) fn leave(&self, forward: &str) {
+        self.change(|directory| directory.remove(&key_of(forward)));
     }
 
     /// As of now.
@@ -110,7 +116,7 @@ pub(super) fn endpoint_views(table: &Table, tallies: &[Vec<Tally>]) -> Vec<Endpo
                 ejected_by,
                 flows,
                 registry: String::new(),
-                service: service.name.to_string(),
+                service: shown(&service.name).to_owned(),
                 state: state.to_owned(),
                 weight: member.endpoint.weight,
                 zone: member.endpoint.zone.to_string(),
@@ -127,9 +133,11 @@ pub(super) fn name_registries(
     endpoints: &mut [EndpointView],
     taking_over: &TakingOver,
 ) {
+    // They come in the order of the table.
+    let mut endpoints = endpoints.iter_mut();
     for service in table.services() {
         let origins = taking_over.origins(&service.name);
-        for endpoint in endpoints.iter_mut().filter(|one| one.service == *service.name) {
+        for endpoint in endpoints.by_ref().take(service.members().len()) {
             let addr = endpoint.address.parse().ok();
             let origin = addr.and_then(|addr| origins.get(&addr));
             endpoint.registry = origin.cloned().unwrap_or_default();
@@ -139,22 +147,67 @@ pub(super) fn name_registries(
 
 /// Every service of `table`, with sums over its endpoints.
 pub(super) fn service_views(table: &Table, endpoints: &[EndpointView]) -> Vec<ServiceView> {
-    let mut sums: HashMap<&str, (u64, usize)> = HashMap::new();
-    for endpoint in endpoints {
-        let (flows, in_use) = sums.entry(&endpoint.service).or_default();
-        *flows += endpoint.flows;
-        *in_use += usize::from(endpoint.state == "in_use");
-    }
+    let mut rest = endpoints;
     let view = |service: &Service| {
-        let (flows, in_use) = sums.get(&*service.name).copied().unwrap_or_default();
+        // They come in the order of the table.
+        let (own, others) = rest.split_at(service.members().len().min(rest.len()));
+        rest = others;
         ServiceView {
             balance: service.manner.balance.word().to_owned(),
             endpoints: service.members().len(),
-            flows,
-            in_use,
-            name: service.name.to_string(),
+            flows: own.iter().map(|endpoint| endpoint.flows).sum(),
+            in_use: own.iter().filter(|endpoint| endpoint.state == "in_use").count(),
+            name: shown(&service.name).to_owned(),
             sources: Vec::new(),
         }
     };
     table.services().map(view).collect()
+}
+
+/// Under which key the endpoints of a plain listener stand: no service has a slash in its name, so that
+/// neither is taken for the other, and no request can name it.
+fn key_of(forward: &str) -> String {
+    format!("/{forward}")
+}
+
+/// A key as people know it.
+fn shown(key: &str) -> &str {
+    key.strip_prefix('/').or_else(|| key.strip_suffix('/')).unwrap_or(key)
+}
+
+/// Where the application stands: neither a plain listener nor a service has such a key.
+pub(super) const APPLICATION: &str = "takeover.inbound/";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::{Balance, Endpoint, Manner};
+
+    #[test]
+    fn plain_listener_and_service_of_one_name_are_two() {
+        let (services, now) = (Services::default(), Instant::now());
+        let config =
+            "forward: [{ name: a, listen: \"127.0.0.1:1\", endpoints: [\"127.0.0.1:2\"] }]\n";
+        let config = crate::config::Config::parse("weir.yaml", None, config).unwrap();
+        let forward = services.enter(&config.forward);
+        let of = || Manner::of(Balance::RoundRobin);
+        let addr = "127.0.0.1:3".parse().unwrap();
+        for key in ["a", APPLICATION] {
+            services.change(|directory| directory.set(key, of(), vec![Endpoint::new(addr)], now));
+        }
+        let table = services.table();
+        let plain = table.service(forward[0]).unwrap();
+        assert_eq!(plain.members()[0].endpoint.addr, "127.0.0.1:2".parse().unwrap());
+        assert!(table.find("a").is_some() && table.find("takeover.inbound").is_none());
+        assert!(table.find("/a").is_none() && table.find(APPLICATION).is_none(), "by no request");
+        let endpoints = endpoint_views(&table, &[]);
+        let addresses: Vec<&str> = endpoints.iter().map(|one| one.address.as_str()).collect();
+        assert_eq!(addresses, ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:3"]);
+        let views = service_views(&table, &endpoints);
+        let names: Vec<(&str, usize)> =
+            views.iter().map(|view| (view.name.as_str(), view.in_use)).collect();
+        assert_eq!(names, [("a", 1), ("a", 1), ("takeover.inbound", 1)]);
+        services.leave("a");
+        assert!(services.table().find("a").is_some());
+    }
 }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use super::services::Services;
+use super::services::{self, Services};
+use super::serving::{Bounds, serve};
 use super::{RunError, Running, checks};
 use crate::config::{Config, Takeover};
 use crate::service::{Balance, Endpoint, Manner, ServiceId};
@@ -47,7 +48,7 @@ pub(super) fn enter(takeover: &Takeover, services: &Services) -> Entered {
     let now = Instant::now();
     services.change(|directory| {
         let of = Manner::of(Balance::RoundRobin);
-        let inbound = directory.set(APPLICATION, of, Vec::new(), now);
+        let inbound = directory.set(services::APPLICATION, of, Vec::new(), now);
         let enter = |name: &String| directory.set(name, takeover.manner.clone(), Vec::new(), now);
         let wanted = takeover.services.iter().map(|one| &one.name).map(enter).collect();
         Entered { inbound, wanted }
@@ -75,7 +76,7 @@ impl Bound {
         let desk = Arc::new(Mutex::new(Desk::new(config, own_ports)));
         let taking_over =
             TakingOver { desk: Arc::clone(&desk), services: Arc::clone(&running.services) };
-        tokio::spawn(axum::serve(listener, router(desk)).into_future());
+        tokio::spawn(serve(listener, router(desk), Bounds::USUAL));
         tokio::spawn(taking_over.clone().carry(manner));
         tokio::spawn(taking_over.clone().keep());
         tokio::spawn(taking_over.clone().settle(mark));
@@ -159,7 +160,7 @@ impl TakingOver {
                 self.services.change(|directory| match change {
                     Change::Application(addr) => {
                         let of = Manner::of(Balance::RoundRobin);
-                        directory.set(APPLICATION, of, vec![Endpoint::new(addr)], now);
+                        directory.set(services::APPLICATION, of, vec![Endpoint::new(addr)], now);
                     }
                     Change::Gone(name) => directory.remove(&name),
                     Change::Service { endpoints, name } => {

@@ -18,10 +18,11 @@ pub struct Table {
 }
 
 impl Table {
-    /// The service of this name.
+    /// The service that a request names. A slash is in no name of a service, only in keys of what is
+    /// reached otherwise.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<ServiceId> {
-        self.names.get(name).copied()
+        self.names.get(name).copied().filter(|_| !name.contains('/'))
     }
 
     /// A service by its id.
