@@ -33,7 +33,7 @@ pub struct Desk {
     health: Health,
     /// Nothing is published any more.
     is_leaving: bool,
-    /// Of this weir: no application is there.
+    /// Of this weir: no application is there, and no provider but behind `inbound`.
     own_ports: Vec<u16>,
     /// By service: what this host provides.
     publications: BTreeMap<String, Publication>,
@@ -459,8 +459,14 @@ impl Desk {
     /// Of all registries, each address once; ours for consumers is nobody's endpoint.
     fn providers(&self, service: &str) -> Vec<Provider> {
         let mut seen = BTreeSet::new();
+        // What this host provides is reached by its own inbound listener, and leads on from there.
+        let Takeover { advertise, inbound, .. } = &self.config;
         let is_loop = |addr: SocketAddr| {
-            addr.port() == self.config.outbound.port() && addr.ip().is_loopback()
+            let ip = addr.ip().to_canonical();
+            let is_here = ip.is_loopback() || ip.is_unspecified() || ip == inbound.ip();
+            addr.port() != inbound.port()
+                && self.own_ports.contains(&addr.port())
+                && (is_here || Some(ip) == *advertise)
         };
         let all = self.book.providers(service);
         all.filter(|one| !is_loop(one.endpoint.addr) && seen.insert(one.endpoint.addr)).collect()

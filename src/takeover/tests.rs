@@ -48,6 +48,21 @@ fn provider_text_is_read_and_written() {
     }
 }
 
+/// A registry may say anything: whoever followed it to a listener of ours would come back to it.
+#[test]
+fn listener_of_ours_is_nobodys_endpoint_but_inbound() {
+    let own = ["127.0.0.1:12220", "127.0.0.9:13330", "10.0.0.7:12220", "0.0.0.0:13330"];
+    let others = ["10.0.0.8:12220", "10.0.0.7:12201", "127.0.0.1:80"];
+    let all: Vec<String> = own.iter().chain(&others).map(|addr| format!("\"{addr}\"")).collect();
+    let text = format!(
+        "  registries:\n  - {{ name: one, services: [{{ name: \"a:1\", endpoints: [{}] }}] }}\n",
+        all.join(", ")
+    );
+    let mut desk = desk(&text);
+    desk.subscribe("a:1").unwrap();
+    assert_eq!(endpoints(&mut desk, "a:1"), Some(others.map(addr).to_vec()));
+}
+
 #[test]
 fn registry_holds_our_address_once_the_application_answers_and_never_its_own() {
     let mut desk = desk("");
