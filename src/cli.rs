@@ -69,7 +69,7 @@ enum Verb {
         to: SocketAddr,
     },
     /// Let a running weir finish its flows and end
-    Drain(Ask),
+    Drain(AskFor),
     /// List the endpoints of a running weir, and what is known about each
     Endpoints(AskFor),
     /// List the flows of a running weir
@@ -115,6 +115,9 @@ enum ConfigVerb {
     Check {
         /// The config file
         file: PathBuf,
+        /// How to show it
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
     },
     /// Print the JSON Schema of config files, for editors
     Schema,
@@ -282,14 +285,14 @@ pub fn run() -> Result<(), Failure> {
     match Arguments::parse().verb {
         Verb::Check { config, output, strict } => check::check(config.as_deref(), output, strict),
         Verb::Completions { shell } => pages::completions(shell),
-        Verb::Config { verb: ConfigVerb::Check { file } } => run::check(&file),
+        Verb::Config { verb: ConfigVerb::Check { file, output } } => run::check(&file, output),
         Verb::Config { verb: ConfigVerb::Schema } => print(crate::config::SCHEMA),
         Verb::Config { verb: ConfigVerb::Show { file, output } } => {
             run::show(file.as_deref(), output)
         }
         Verb::Demo { seconds } => demo::run(seconds),
         Verb::Dial { cgroup, to } => check::dial(&cgroup, to),
-        Verb::Drain(ask) => ask::drain(&ask.socket),
+        Verb::Drain(ask) => ask::drain(&ask.ask.socket, ask.output),
         Verb::Endpoints(ask) => ask::endpoints(&ask.ask.socket, ask.output),
         Verb::Flows(ask) => ask::flows(&ask.ask.socket, ask.output),
         Verb::Forward(arguments) => forward::run(arguments),

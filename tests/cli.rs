@@ -89,6 +89,24 @@ fn config_check_shows_every_mistake_and_takes_a_right_file() {
     assert!(stderr(&missing).contains("`weir config show`"), "the cure");
 }
 
+/// The same for programs: data on stdout, and the exit code.
+#[test]
+fn config_check_lists_mistakes_as_json() {
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("weir.yaml");
+    let check = || weir().args(["config", "check", "-o", "json"]).arg(&file).output().unwrap();
+    fs::write(&file, "inbound: {}\nworkers: none\nprofil: x\n").unwrap();
+    let output = check();
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let seen: Vec<_> =
+        rows.as_array().unwrap().iter().map(|row| (&row["line"], &row["path"])).collect();
+    assert_eq!(seen, [(&2.into(), &"workers".into()), (&3.into(), &"profil".into())]);
+    fs::write(&file, "inbound: {}\n").unwrap();
+    let output = check();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b"[]\n"[..]));
+}
+
 #[test]
 fn garbage_is_one_clear_line() {
     let place = TempDir::new().unwrap();
@@ -197,7 +215,8 @@ fn flows_are_listed_and_drain_waits_for_them() {
     // Connections made while the drain begins end with it.
     let others = upstream.try_clone().unwrap();
     std::thread::spawn(move || others.incoming().for_each(drop));
-    assert!(running.ask(&["drain"]).status.success());
+    let drain = running.ask(&["drain", "-o", "json"]);
+    assert_eq!(drain.stdout, b"{\"draining\":true}\n");
     // Refused from now on, while the open flow goes on.
     let began = Instant::now();
     while TcpStream::connect(running.listen).is_ok() {

@@ -119,9 +119,12 @@ pub(super) fn table(flows: &[FlowView]) -> String {
     table
 }
 
-pub(super) fn drain(socket: &Path) -> Result<(), Failure> {
+pub(super) fn drain(socket: &Path, output: Output) -> Result<(), Failure> {
     ask(socket, "POST", "/drain").and_then(Answer::done).map_err(failed)?;
-    print("draining\n")
+    print(match output {
+        Output::Json => "{\"draining\":true}\n",
+        Output::Table => "draining\n",
+    })
 }
 
 fn show_status(status: &Status, output: Output) -> Result<(), Failure> {

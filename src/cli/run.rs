@@ -3,9 +3,12 @@
 
 use std::path::Path;
 
-use super::{Failure, ShowAs, print};
+use serde_json::{Value, json};
+
+use super::{Failure, Output, ShowAs, print};
 use crate::config::{self, Config};
 use crate::control::shown;
+use crate::yaml::{Mistake, Mistakes};
 use crate::{control, log};
 
 pub(super) fn run(file: &Path) -> Result<(), Failure> {
@@ -14,9 +17,30 @@ pub(super) fn run(file: &Path) -> Result<(), Failure> {
     Ok(control::run(config, Some(file))?)
 }
 
-pub(super) fn check(file: &Path) -> Result<(), Failure> {
-    load(file)?;
-    print(&format!("{}: the config is right\n", file.display()))
+pub(super) fn check(file: &Path, output: Output) -> Result<(), Failure> {
+    let loaded = Config::load(file);
+    match output {
+        Output::Json => print(&format!("{}\n", rows(file, loaded.as_ref().err())))?,
+        Output::Table if loaded.is_ok() => {
+            print(&format!("{}: the config is right\n", file.display()))?;
+        }
+        Output::Table => {}
+    }
+    loaded.map(drop).map_err(|mistakes| Failure::Usage(mistakes.to_string()))
+}
+
+/// Every mistake, for programs; an empty list if there is none.
+fn rows(file: &Path, mistakes: Option<&Mistakes>) -> Value {
+    let row = |Mistake { path, place, text }: &Mistake| {
+        json!({
+            "file": file.display().to_string(),
+            "line": place.line,
+            "column": place.column,
+            "path": path,
+            "text": text,
+        })
+    };
+    mistakes.map(Mistakes::sorted).unwrap_or_default().into_iter().map(row).collect()
 }
 
 pub(super) fn show(file: Option<&Path>, output: ShowAs) -> Result<(), Failure> {

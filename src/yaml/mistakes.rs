@@ -55,6 +55,14 @@ impl Mistakes {
         self.list.is_empty()
     }
 
+    /// In the order of the file.
+    #[must_use]
+    pub fn sorted(&self) -> Vec<&Mistake> {
+        let mut sorted: Vec<&Mistake> = self.list.iter().collect();
+        sorted.sort_by_key(|mistake| (mistake.place.line, mistake.place.column));
+        sorted
+    }
+
     /// `value` if nothing is wrong, otherwise all that is.
     ///
     /// # Errors
@@ -67,9 +75,7 @@ impl Mistakes {
 
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut sorted: Vec<&Mistake> = self.list.iter().collect();
-        sorted.sort_by_key(|mistake| (mistake.place.line, mistake.place.column));
-        for (index, mistake) in sorted.into_iter().enumerate() {
+        for (index, mistake) in self.sorted().into_iter().enumerate() {
             if index > 0 {
                 writeln!(f)?;
             }
