@@ -47,14 +47,37 @@ fn forbidden(module: &str, text: &str) -> Vec<String> {
     let Some((_, allowed)) = LAYERS.iter().find(|(name, _)| *name == module) else {
         return vec![format!("{module} is in no layer")];
     };
-    text.lines()
-        .filter_map(|line| line.trim_start().split_once("crate::").map(|(_, rest)| rest))
+    let code: Vec<&str> =
+        text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
+    let code = code.join("\n");
+    code.split("crate::")
+        .skip(1)
         .flat_map(|rest| match rest.strip_prefix('{') {
-            Some(list) => list.split([',', '}']).map(first_word).collect::<Vec<_>>(),
+            Some(list) => members(list).into_iter().map(first_word).collect(),
             None => vec![first_word(rest)],
         })
         .filter(|used| !used.is_empty() && used != module && !allowed.contains(&used.as_str()))
         .collect()
+}
+
+/// What stands between braces, the first of which is gone, piece by piece at their own level.
+fn members(list: &str) -> Vec<&str> {
+    let (mut depth, mut begin, mut members) = (0, 0, Vec::new());
+    for (index, letter) in list.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                members.push(&list[begin..index]);
+                begin = index + 1;
+                if letter == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    members
 }
 
 fn first_word(text: &str) -> String {
@@ -83,6 +106,9 @@ fn modules_use_only_the_layers_below() {
     }
     assert_eq!(forbidden("ring", "use crate::flow::Flow;"), ["flow"]);
     assert_eq!(forbidden("flow", "use crate::{op, sys};"), ["sys"]);
+    let spread = "use crate::{\n    op::{Op, ring},\n    // crate::sys\n    ring::Ring,\n};\n";
+    assert_eq!(forbidden("flow", spread), ["ring"]);
+    assert_eq!(forbidden("flow", "let x = (crate::op::a(), crate::sys::b());"), ["sys"]);
 }
 
 #[test]

@@ -305,6 +305,8 @@ const SINGLE: [(&str, &str, Pick); 8] = [
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -312,6 +314,54 @@ mod tests {
         let text = "TcpExt: SyncookiesSent ListenOverflows ListenDrops\nTcpExt: 1 7 9\nIpExt: InNoRoutes\nIpExt: 0\n";
         assert_eq!(listen_overflows(text), Some(7));
         assert_eq!(listen_overflows(""), None);
+    }
+
+    const DOCS: &str = include_str!("../../docs/OPERATING.md");
+
+    /// Names in the table of metrics, as it begins its rows: several may share one.
+    fn documented() -> BTreeSet<String> {
+        let rows = DOCS.lines().filter(|line| line.starts_with("| `weir_"));
+        let cells = rows.filter_map(|row| row.split(" | ").next());
+        let names = cells.flat_map(|cell| cell.split('`').filter(|word| word.starts_with("weir_")));
+        names.map(|name| name.split('{').next().unwrap_or(name).to_owned()).collect()
+    }
+
+    #[test]
+    fn every_metric_is_documented_and_every_documented_one_is_there() {
+        let text = render(&[&Counters::default()], Extra::default());
+        let mut there = BTreeSet::new();
+        for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+            let (name, kind) = line.split_once(' ').unwrap();
+            there.insert(if kind == "counter" { format!("{name}_total") } else { name.to_owned() });
+        }
+        assert!(there.len() > 20, "{text}");
+        assert_eq!(there, documented());
+    }
+
+    #[test]
+    fn every_word_of_a_label_is_documented() {
+        const TUNING: &str = include_str!("../../docs/TUNING.md");
+        let row = |name: &str| {
+            let begin = format!("| `{name}{{");
+            let row = DOCS.lines().find(|line| line.starts_with(&begin));
+            row.unwrap_or_else(|| panic!("{name} has no row")).to_owned()
+        };
+        let lacks = |text: &str, words: Vec<&str>| -> Vec<String> {
+            let lacks = |word: &&str| !text.contains(&format!("`{word}`"));
+            words.into_iter().filter(lacks).map(str::to_owned).collect()
+        };
+        let none: Vec<String> = Vec::new();
+        for (name, words) in [
+            ("weir_flows_closed_total", CloseReason::ALL.map(CloseReason::label).to_vec()),
+            ("weir_denied_total", Denied::ALL.map(Denied::label).to_vec()),
+            ("weir_relay_changes_total", Relay::ALL.map(Relay::label).to_vec()),
+            ("weir_requests_total", Outcome::ALL.map(Outcome::label).to_vec()),
+            ("weir_rules_lost_total", Part::ALL.map(Part::label).to_vec()),
+        ] {
+            assert_eq!(lacks(&row(name), words), none, "{name}");
+        }
+
+        assert_eq!(lacks(TUNING, Fall::ALL.map(Fall::label).to_vec()), none);
     }
 
     #[test]

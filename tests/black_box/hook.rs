@@ -230,7 +230,7 @@ fn closed_hook_outlives_weir_and_is_taken_over() {
             weir.kill();
         } else {
             until("every flow has ended", || weir.active() == 0);
-            weir.end(&net);
+            weir.end_closed(&net);
         }
         assert_eq!(says(&cgroup, &net, TRY), REFUSED);
         until("the others are gone", || count("weir_peer") == 0 && count("weir_sockops") == 0);

@@ -222,7 +222,7 @@ except ConnectionRefusedError: print('refused')";
             until("the table is gone", || !kernel(&net).contains("inet weir\n"));
         } else {
             until("every flow has ended", || weir.active() == 0);
-            weir.end(&net);
+            weir.end_closed(&net);
         }
         is_closed();
     }

@@ -233,11 +233,23 @@ impl Net {
     /// What of weir is left there, line by line.
     pub(crate) fn left_in(&self, place: Place) -> String {
         let tables = self.run(place, &["nft", "list", "tables"]);
-        let rules = ["-4", "-6"].map(|family| self.run(place, &["ip", family, "rule"])).concat();
-        let tables = tables.lines().filter(|line| *line == "table inet weir");
-        let rules = rules.lines().filter(|line| line.contains("lookup 133"));
+        let tables = tables.lines().filter(|line| line.starts_with("table inet weir"));
+        let families = ["-4", "-6"];
+        let rules = families.map(|family| self.run(place, &["ip", family, "rule"])).concat();
+        let is_ours = |line: &&str| line.contains("lookup 133") || line.contains("fwmark 0x53c");
+        let rules = rules.lines().filter(is_ours);
+        // A table that was never used is an error to `ip`, and says nothing on stdout.
+        let routes = families.map(|family| {
+            let words = ["ip", family, "route", "show", "table", "133"];
+            String::from_utf8_lossy(&self.output(place, &words).stdout).into_owned()
+        });
+        let routes = routes.concat();
+        // Tests that pin have a bpffs of their own, and look there.
+        let pins = fs::read_dir("/sys/fs/bpf/weir").into_iter().flatten().flatten();
+        let pins: Vec<String> = pins.map(|pin| pin.path().display().to_string()).collect();
         let sockets = self.sockets_in(place);
-        tables.chain(rules).chain(sockets.lines()).collect::<Vec<_>>().join("\n")
+        let left = tables.chain(rules).chain(routes.lines()).chain(sockets.lines());
+        left.chain(pins.iter().map(String::as_str)).collect::<Vec<_>>().join("\n")
     }
 }
 
