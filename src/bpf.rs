@@ -18,6 +18,7 @@ use aya::programs::{CgroupSockAddr, Program, ProgramError, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::sys::cgroup::{self, CgroupError};
+use crate::sys::netns;
 use crate::sys::process;
 use crate::sys::socket::netns_cookie;
 
@@ -211,37 +212,30 @@ impl ConnectHook {
         result
     }
 
-    /// Pins what shall stay, and removes what an earlier weir pinned for this network namespace and
-    /// what is not needed any more. The last step of an attach.
-    ///
-    /// # Errors
-    ///
-    /// There is no bpffs, it is not ours alone, or a step was refused.
-    pub fn settle(&self) -> Result<(), HookError> {
+    /// Pins what shall stay. Says where all of that is, and which pins are new.
+    fn pin(&self, pins: &Pins, new: &mut NewPins) -> Result<Vec<PathBuf>, HookError> {
         let mut wanted = Vec::new();
-        if self.closed {
-            let pins = Pins::open()?;
-            for attached in &self.attached {
-                let Some(number) = number_of(&attached.cgroup) else { continue };
-                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
-                    let place = pins.place(self.namespace, number, part.name);
-                    if pins::adopt(&place, number).is_none() {
-                        pins::pin(link, &place)?;
-                    }
-                    wanted.push(place);
+        for attached in &self.attached {
+            let Some(number) = number_of(&attached.cgroup) else { continue };
+            for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
+                let place = pins.place(self.namespace, number, part.name);
+                if pins::adopt(&place, number).is_none() {
+                    pins::pin(link, &place)?;
+                    new.0.push(place.clone());
                 }
+                wanted.push(place);
             }
         }
-        let Some(pins) = Pins::find() else { return Ok(()) };
-        let is_over =
-            |pinned: &Pinned| pinned.netns == self.namespace && !wanted.contains(&pinned.path);
-        for pinned in pins.list().into_iter().filter(is_over) {
-            pins::remove(&pinned.path)?;
+        Ok(wanted)
+    }
+
+    /// What is pinned for this network namespace goes.
+    pub fn unpin(&self) {
+        let Some(pins) = Pins::find() else { return };
+        for pinned in pins.list().into_iter().filter(|pinned| pinned.netns == self.namespace) {
+            // Best effort: the next start, or `weir rules clear`, finds what is left.
+            let _ = pins::remove(&pinned.path);
         }
-        if wanted.is_empty() {
-            pins.tidy();
-        }
-        Ok(())
     }
 
     /// Every cgroup at its path is the one to which the programs are attached.
@@ -314,8 +308,71 @@ impl ConnectHook {
     }
 }
 
-/// The pins that keep connects refused in this network namespace, or in all of them, without a
-/// weir.
+/// Pins what shall stay of all hooks of this network namespace, and removes what an earlier weir pinned
+/// for it and what is not needed any more. The last step of an attach.
+///
+/// # Errors
+///
+/// There is no bpffs, it is not ours alone, or a step was refused; then nothing new is pinned.
+pub fn settle(hooks: &[ConnectHook]) -> Result<NewPins, HookError> {
+    let mut new = NewPins::default();
+    match settle_into(hooks, &mut new) {
+        Ok(()) => Ok(new),
+        Err(error) => {
+            new.undo();
+            Err(error)
+        }
+    }
+}
+
+fn settle_into(hooks: &[ConnectHook], new: &mut NewPins) -> Result<(), HookError> {
+    let mut wanted = Vec::new();
+    for hook in hooks.iter().filter(|hook| hook.closed) {
+        wanted.extend(hook.pin(&Pins::open()?, new)?);
+    }
+    let Some(pins) = Pins::find() else { return Ok(()) };
+    let all = pins.list();
+    if all.is_empty() {
+        return Ok(());
+    }
+    let namespace = netns_cookie().map_err(HookError::Namespace)?;
+    for pinned in over(all, namespace).filter(|pinned| !wanted.contains(&pinned.path)) {
+        pins::remove(&pinned.path)?;
+    }
+    if wanted.is_empty() {
+        pins.tidy();
+    }
+    Ok(())
+}
+
+/// Those for `namespace`, and for namespaces that are gone: they refuse nobody, and take up places on
+/// a cgroup, of which there are 64.
+fn over(all: Vec<Pinned>, namespace: u64) -> impl Iterator<Item = Pinned> {
+    let is_elsewhere = all.iter().any(|pinned| pinned.netns != namespace);
+    let living = is_elsewhere.then(netns::living).flatten();
+    let is_gone = move |netns| living.as_ref().is_some_and(|living| !living.contains(&netns));
+    let is_over = move |pinned: &Pinned| pinned.netns == namespace || is_gone(pinned.netns);
+    all.into_iter().filter(is_over)
+}
+
+/// Pins that were not there before.
+#[derive(Debug, Default)]
+pub struct NewPins(Vec<PathBuf>);
+
+impl NewPins {
+    /// Best effort: what is left is said by `weir rules show`.
+    pub fn undo(self) {
+        for path in self.0 {
+            let _ = pins::remove(&path);
+        }
+        if let Some(pins) = Pins::find() {
+            pins.tidy();
+        }
+    }
+}
+
+/// The pins that keep connects refused in this network namespace without a weir, and those for
+/// namespaces that are gone.
 ///
 /// # Errors
 ///
@@ -323,7 +380,7 @@ impl ConnectHook {
 pub fn pinned() -> Result<Vec<Pinned>, HookError> {
     let namespace = netns_cookie().map_err(HookError::Namespace)?;
     let all = Pins::find().map(|pins| pins.list()).unwrap_or_default();
-    Ok(all.into_iter().filter(|pinned| pinned.netns == namespace).collect())
+    Ok(over(all, namespace).collect())
 }
 
 /// Takes those pins away: connects go directly again.

@@ -9,7 +9,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::bpf::{ConnectHook, HookError};
+use crate::bpf::{self, ConnectHook, HookError};
 use crate::sys::cgroup::CgroupError;
 use crate::sys::netlink::Changes;
 use crate::sys::process;
@@ -23,6 +23,7 @@ pub use route::Step;
 pub use rules::{Kind, Left, Rule, State, clear, conntrack_use, leftovers};
 pub use source_ports::{PortCounts, SourcePorts};
 
+mod change;
 mod connect;
 mod guard;
 mod nft;
@@ -56,8 +57,17 @@ pub struct Capture {
     guard: Option<Guard>,
     hooks: Vec<ConnectHook>,
     plan: Plan,
-    routes: Option<route::Routes>,
+    routes: route::Routes,
+    /// What this start made that would outlive us.
+    stays: Stays,
     table: Option<nft::Table>,
+}
+
+/// What a start made for `on_exit: closed`; what an earlier weir had left is not in it.
+#[derive(Debug, Default)]
+struct Stays {
+    guard: bool,
+    pins: bpf::NewPins,
 }
 
 /// A part of a capture that can go missing.
@@ -180,12 +190,7 @@ impl Plan {
     ///
     /// The first reason why it cannot work here, with its cure.
     pub fn prepare(self) -> Result<Prepared, CaptureError> {
-        if self.keeps_source() && !accepts_marks() {
-            return Err(CaptureError::NoMarkAccept);
-        }
-        if self.takes_any_destination() && self.keeps_source() && binds_anywhere() {
-            return Err(CaptureError::BindsAnywhere);
-        }
+        self.suits_host()?;
         if !self.marks().is_empty() {
             route::preflight()?;
         }
@@ -193,6 +198,17 @@ impl Plan {
         nft::check(&draft.table())?;
         let hooks = self.hooks().map(ConnectHook::load).collect::<Result<_, _>>()?;
         Ok(Prepared { draft, hooks, plan: self })
+    }
+
+    /// The settings of this network namespace allow it.
+    fn suits_host(&self) -> Result<(), CaptureError> {
+        if self.keeps_source() && !accepts_marks() {
+            return Err(CaptureError::NoMarkAccept);
+        }
+        if self.takes_any_destination() && self.keeps_source() && binds_anywhere() {
+            return Err(CaptureError::BindsAnywhere);
+        }
+        Ok(())
     }
 
     /// The nft table as it would be installed.
@@ -207,7 +223,7 @@ impl Plan {
     /// What `ip` would be told.
     #[must_use]
     pub fn ip_steps(&self) -> Vec<Step> {
-        if self.marks().is_empty() { Vec::new() } else { route::steps(&self.marks()) }
+        route::steps(&self.marks())
     }
 
     /// Packets of workloads find us by their marks alone.
@@ -243,8 +259,7 @@ impl Prepared {
     /// A step was refused; what was done before it is undone.
     pub fn install(self) -> Result<Capture, CaptureError> {
         let Prepared { draft, hooks, plan } = self;
-        let marks = plan.marks();
-        let routes = (!marks.is_empty()).then(|| route::Routes::install(marks)).transpose()?;
+        let routes = route::Routes::install(&plan.marks())?;
         let table = Some(nft::Table::install(&draft)?);
         process::made("table");
         // Before anything that it shall tell about is looked at for the first time.
@@ -258,16 +273,25 @@ impl Prepared {
             hooks,
             plan,
             routes,
+            stays: Stays::default(),
             table,
         };
         capture.hooks.iter_mut().try_for_each(ConnectHook::attach)?;
         // Last of all what stays when we are gone: a start that fails leaves nothing behind.
+        let stood = guard::listed().is_some();
         match guard::text(&capture.plan)? {
             Some(text) => capture.guard = Some(Guard::install(text)?),
             None => guard::remove()?,
         }
+        capture.stays.guard = capture.guard.is_some() && !stood;
         process::made("guard");
-        capture.hooks.iter().try_for_each(ConnectHook::settle)?;
+        match bpf::settle(&capture.hooks) {
+            Ok(new) => capture.stays.pins = new,
+            Err(error) => {
+                capture.abandon();
+                return Err(error.into());
+            }
+        }
         process::made("pins");
         Ok(capture)
     }
@@ -280,6 +304,21 @@ impl Capture {
         if let Some(table) = &mut self.table {
             table.stop_taking();
         }
+    }
+
+    /// The start failed elsewhere: what it made here that would outlive us goes.
+    pub fn abandon(&mut self) {
+        let Stays { guard, pins } = std::mem::take(&mut self.stays);
+        pins.undo();
+        if guard {
+            // Best effort: `weir rules show` says what is left.
+            let _ = guard::remove();
+        }
+    }
+
+    /// Its network namespace is gone: pins for it refuse nobody, and take up places on the cgroup.
+    pub fn unpin(&self) {
+        self.hooks.iter().for_each(ConnectHook::unpin);
     }
 
     /// Connects that a program of somebody else has led elsewhere after ours took them.
@@ -327,123 +366,6 @@ impl Capture {
             port_rewritten: before.port_rewritten + now.port_rewritten,
         }
     }
-
-    /// What is missing or changed, if anything is. Costs a few system calls while nobody changes
-    /// rules, routes or tables here.
-    pub fn missing(&mut self) -> Option<Part> {
-        if !self.table.as_mut().is_some_and(nft::Table::stands) {
-            return Some(Part::Table);
-        }
-        if self.changes.as_mut().is_none_or(Changes::any) {
-            if !self.plan.marks().is_empty()
-                && !self.routes.as_ref().is_some_and(route::Routes::stand)
-            {
-                return Some(Part::Routes);
-            }
-            if self.guard.as_ref().is_some_and(|guard| !guard.stands()) {
-                return Some(Part::Guard);
-            }
-            if let Some(changes) = &mut self.changes {
-                changes.seen();
-            }
-        }
-        let is_another = self.plan.cgroups() != self.cgroups;
-        (is_another || self.hooks.iter().any(|hook| !hook.stands())).then_some(Part::Cgroup)
-    }
-
-    /// Tells nft of cgroups that were made anew; flows that are open stay taken.
-    fn retake(&mut self) -> Result<(), CaptureError> {
-        let cgroups = self.plan.cgroups();
-        if cgroups == self.cgroups {
-            return Ok(());
-        }
-        let draft = nft::draft(&self.plan, accepts_marks())?;
-        if let Some(table) = &mut self.table {
-            table.change(&draft)?;
-        }
-        if let (Some(guard), Some(text)) = (&mut self.guard, guard::text(&self.plan)?) {
-            *guard = Guard::install(text)?;
-        }
-        self.cgroups = cgroups;
-        Ok(())
-    }
-
-    /// Takes from now on what `plan` says, without a moment in which nothing is taken. Its hooks must
-    /// be those that there are, apart from their filters.
-    ///
-    /// # Errors
-    ///
-    /// A step was refused; what was taken before is still taken.
-    pub fn change(&mut self, plan: Plan) -> Result<(), CaptureError> {
-        if plan.keeps_source() && !accepts_marks() {
-            return Err(CaptureError::NoMarkAccept);
-        }
-        let (old, new) =
-            (nft::draft(&self.plan, accepts_marks())?, nft::draft(&plan, accepts_marks())?);
-        // Rules that nothing needs any more are inert, and stay until the end.
-        let (mut marks, wanted) = (self.plan.marks(), plan.marks());
-        let lacking = wanted.into_iter().filter(|mark| !marks.contains(mark));
-        let lacking: Vec<u32> = lacking.collect();
-        if !lacking.is_empty() {
-            route::preflight()?;
-            marks.extend(lacking);
-            let routes = route::Routes::install(marks)?;
-            if let Some(old) = self.routes.replace(routes) {
-                std::mem::forget(old); // What both have stands.
-            }
-        }
-        let guard = guard::text(&plan)?;
-        if self.guard.take().is_some() {
-            guard::remove()?; // It must not refuse what is left alone from now on.
-        }
-        if let Some(table) = &mut self.table {
-            table.change(&new)?;
-        }
-        self.guard = guard.map(Guard::install).transpose()?;
-        let updated = self.hooks.iter_mut().zip(plan.hooks());
-        let updated = updated.map(|(hook, plan)| hook.update(&plan.filters));
-        if let Err(error) = updated.collect::<Result<(), _>>() {
-            self.table.as_mut().map_or(Ok(()), |table| table.change(&old))?;
-            return Err(error.into());
-        }
-        self.cgroups = plan.cgroups();
-        self.plan = plan;
-        Ok(())
-    }
-
-    /// Puts back what is missing.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be put back.
-    pub fn mend(&mut self, part: Part) -> Result<(), CaptureError> {
-        match part {
-            Part::Cgroup => {
-                self.retake()?;
-                let gone = self.hooks.iter_mut().filter(|hook| !hook.stands());
-                gone.map(|hook| hook.attach().and_then(|()| hook.settle()))
-                    .fold(Ok(()), Result::and)
-                    .map_err(CaptureError::from)
-            }
-            Part::Guard => self.guard.as_mut().map_or(Ok(()), Guard::mend),
-            Part::Routes => {
-                // What is half there is put right, not removed first: flows need it.
-                if let Some(routes) = self.routes.take() {
-                    std::mem::forget(routes);
-                }
-                self.routes = Some(route::Routes::install(self.plan.marks())?);
-                Ok(())
-            }
-            Part::Table => {
-                self.table = None;
-                self.cgroups = self.plan.cgroups();
-                (self.counted_before, self.counted) = (self.total(), RuleCounts::default());
-                let draft = nft::draft(&self.plan, accepts_marks())?;
-                self.table = Some(nft::Table::install(&draft)?);
-                Ok(())
-            }
-        }
-    }
 }
 
 impl Drop for Capture {
@@ -452,7 +374,6 @@ impl Drop for Capture {
         self.hooks.clear();
         // The rules that steer packets go before the routes that they steer to.
         self.table = None;
-        self.routes = None;
     }
 }
 

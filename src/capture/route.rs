@@ -3,7 +3,7 @@
 //!
 //! One rule for each mark and one route, in each family, through iproute2. After kill -9 they stay,
 //! and no packet meets them: only our sockets and our nft table make those marks. The next start takes
-//! them over, and `clear` removes them.
+//! them over, and `clear` removes them. The same route of somebody else serves as well, and is left.
 
 use std::io;
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use super::{CaptureError, FOREIGN_MARK, MARK_MASK, OUTBOUND_MARK, ROUTE_TABLE, S
 use crate::sys::{netns, process};
 
 /// Rules and routes. Dropping it removes them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Routes {
     marks: Vec<u32>,
 }
@@ -22,6 +22,8 @@ pub(super) struct Routes {
 pub struct Step {
     /// Arguments of `ip`.
     pub apply: String,
+    /// Arguments of `ip` that show what would do, whoever made it.
+    show: String,
     /// Arguments of `ip`.
     pub undo: String,
 }
@@ -42,23 +44,27 @@ pub(super) fn preflight() -> Result<(), CaptureError> {
 /// What leads packets with `marks` to us.
 pub(super) fn steps(marks: &[u32]) -> Vec<Step> {
     let mut steps = Vec::new();
-    for family in families() {
-        let route = format!("local default dev lo table {ROUTE_TABLE}");
+    for family in families().filter(|_| !marks.is_empty()) {
+        let route = format!("local default dev lo table {ROUTE_TABLE} proto {PROTOCOL}");
         steps.push(Step {
             apply: format!("{family} route replace {route}"),
+            show: format!("{family} route show type local default dev lo table {ROUTE_TABLE}"),
             undo: format!("{family} route del {route}"),
         });
-        let rules = marks.iter().flat_map(|mark| {
-            let mark = format!("fwmark {mark:#x}/{MARK_MASK:#x}");
-            let lead = format!("{mark} lookup {ROUTE_TABLE}");
+        let rules = marks.iter().flat_map(|&number| {
+            let mark = format!("fwmark {number:#x}/{MARK_MASK:#x}");
+            let lead =
+                (format!("{mark} lookup {ROUTE_TABLE}"), format!("{mark} table {ROUTE_TABLE}"));
             // Where packets keep their mark when the kernel asks for the way back to their source
             // (`src_valid_mark`), as if it sent from lo, that way must not lead to us, or they are
             // martians. A rule that is added later comes first.
-            let way_back = format!("iif lo {mark} goto {MAIN_RULE}");
-            [Some(lead), mark.contains(&format!("{FOREIGN_MARK:#x}")).then_some(way_back)]
+            // Where it goes to is not to be asked for; its mark and interface say enough.
+            let way_back = (format!("iif lo {mark} goto {MAIN_RULE}"), format!("iif lo {mark}"));
+            [Some(lead), (number == FOREIGN_MARK).then_some(way_back)]
         });
-        steps.extend(rules.flatten().map(|rule| Step {
+        steps.extend(rules.flatten().map(|(rule, asked)| Step {
             apply: format!("{family} rule add {rule}"),
+            show: format!("{family} rule show {asked}"),
             undo: format!("{family} rule del {rule}"),
         }));
     }
@@ -68,9 +74,9 @@ pub(super) fn steps(marks: &[u32]) -> Vec<Step> {
 /// What would undo the steps of any weir that stand.
 pub(super) fn standing() -> Result<Vec<String>, CaptureError> {
     let mut standing = Vec::new();
-    for Step { undo, .. } in steps(&MARKS).into_iter().rev() {
-        if stands(&undo)? {
-            standing.push(undo);
+    for step in steps(&MARKS).into_iter().rev() {
+        if step.is_ours()? {
+            standing.push(step.undo);
         }
     }
     Ok(standing)
@@ -79,50 +85,81 @@ pub(super) fn standing() -> Result<Vec<String>, CaptureError> {
 /// Removes what a killed weir has left, and says what that was. Asked again, it finds nothing.
 pub(super) fn clear() -> Result<Vec<String>, CaptureError> {
     let mut removed = Vec::new();
-    for Step { undo, .. } in steps(&MARKS).into_iter().rev() {
+    for step in steps(&MARKS).into_iter().rev() {
         // Until there is none: weirs that were killed in turn may have added a rule each.
-        while stands(&undo)? && change(&undo).is_ok() {
-            removed.push(format!("ip {undo}"));
+        while step.is_ours()? && change(&step.undo).is_ok() {
+            removed.push(format!("ip {}", step.undo));
         }
     }
     Ok(removed)
 }
 
-impl Routes {
-    /// Adds what is not there yet; undoes it all if a step fails.
-    pub(super) fn install(marks: Vec<u32>) -> Result<Routes, CaptureError> {
-        let routes = Routes { marks };
-        for Step { apply, undo } in steps(&routes.marks) {
-            if !stands(&undo)? {
-                change(&apply)?;
-            }
-            process::made(&apply);
+impl Step {
+    /// It is there, or something as good.
+    pub(super) fn stands(&self) -> Result<bool, CaptureError> {
+        Ok(!show(&self.show)?.trim().is_empty())
+    }
+
+    /// True if it was made just now.
+    fn make_unless(&self, stands: bool) -> Result<bool, CaptureError> {
+        if !stands {
+            change(&self.apply)?;
         }
+        Ok(!stands)
+    }
+
+    /// It is there, and its undo would remove it.
+    fn is_ours(&self) -> Result<bool, CaptureError> {
+        let shown = show(&self.show)?;
+        let is_route = self.undo.contains(" route ");
+        Ok(shown.lines().any(|line| !is_route || line.contains(&format!("proto {PROTOCOL} "))))
+    }
+}
+
+impl Routes {
+    /// Adds what is not there yet; a step that fails undoes those before it.
+    pub(super) fn install(marks: &[u32]) -> Result<Routes, CaptureError> {
+        let mut routes = Routes::default();
+        routes.put(marks)?;
         Ok(routes)
+    }
+
+    /// Leads packets with `marks` here as well, and puts back what is missing for them. A step that
+    /// fails undoes those before it, and nothing else.
+    pub(super) fn put(&mut self, marks: &[u32]) -> Result<(), CaptureError> {
+        let mut done: Vec<String> = Vec::new();
+        for step in steps(marks) {
+            match step.stands().and_then(|stands| step.make_unless(stands)) {
+                Ok(true) => done.push(step.undo),
+                Ok(false) => {}
+                Err(error) => {
+                    done.iter().rev().for_each(|undo| remove(undo));
+                    return Err(error);
+                }
+            }
+            process::made(&step.apply);
+        }
+        let new = marks.iter().filter(|mark| !self.marks.contains(mark));
+        let new: Vec<u32> = new.copied().collect();
+        self.marks.extend(new);
+        Ok(())
     }
 
     /// Nobody has removed them.
     pub(super) fn stand(&self) -> bool {
-        steps(&self.marks).iter().all(|step| stands(&step.undo).is_ok_and(|stands| stands))
+        steps(&self.marks).iter().all(|step| step.stands().is_ok_and(|stands| stands))
     }
 }
 
 impl Drop for Routes {
     fn drop(&mut self) {
-        for Step { undo, .. } in steps(&self.marks).into_iter().rev() {
-            // What is gone already needs no removing.
-            let _ = show(&undo);
-        }
+        steps(&self.marks).iter().rev().for_each(|step| remove(&step.undo));
     }
 }
 
-/// Whether there is what `undo` would remove.
-pub(super) fn stands(undo: &str) -> Result<bool, CaptureError> {
-    let asked = undo.replace(" del ", " show ").replace("lookup", "table");
-    let asked = asked.replace("local default", "default type local");
-    // Where it goes to is not to be asked for; its mark and interface say enough.
-    let asked = asked.replace(&format!(" goto {MAIN_RULE}"), "");
-    Ok(!show(&asked)?.trim().is_empty())
+/// What is gone already, or is not ours, needs no removing.
+fn remove(undo: &str) {
+    let _ = show(undo);
 }
 
 fn families() -> impl Iterator<Item = &'static str> {
@@ -160,6 +197,8 @@ fn missing(source: io::Error) -> CaptureError {
 
 /// Every mark that any weir leads to itself.
 const MARKS: [u32; 3] = [STEER_MARK, OUTBOUND_MARK, FOREIGN_MARK];
+/// Marks routes as ours (`rtm_protocol`, rtnetlink(7)): the number of our table, which nobody else uses.
+const PROTOCOL: u32 = ROUTE_TABLE;
 /// The preference of the rule for the main table, where the kernel puts it.
 const MAIN_RULE: u32 = 32_766;
 
@@ -170,8 +209,8 @@ mod tests {
     #[test]
     fn every_step_names_its_undo() {
         let steps = steps(&[STEER_MARK]);
-        assert_eq!(steps[0].apply, "-4 route replace local default dev lo table 133");
-        assert_eq!(steps[0].undo, "-4 route del local default dev lo table 133");
+        assert_eq!(steps[0].apply, "-4 route replace local default dev lo table 133 proto 133");
+        assert_eq!(steps[0].undo, "-4 route del local default dev lo table 133 proto 133");
         assert_eq!(steps[1].apply, "-4 rule add fwmark 0x53a/0xfff lookup 133");
         assert_eq!(steps[1].undo, "-4 rule del fwmark 0x53a/0xfff lookup 133");
     }

@@ -14,7 +14,7 @@ use super::guard::{self, Guard};
 use super::nft;
 use super::plan::Plan;
 use super::{ACCEPT_MARK, CaptureError, Prepared, accepts_marks, route};
-use crate::bpf::{self, HookPlan};
+use crate::bpf::{self, ConnectHook, HookPlan};
 
 /// One change to the kernel that a plan asks for.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -82,7 +82,7 @@ impl Plan {
             rules.push(mark_accept());
         }
         for step in self.ip_steps() {
-            let now = match route::stands(&step.undo)? {
+            let now = match step.stands()? {
                 true if held => State::Held,
                 true => State::Stands,
                 false => State::Missing,
@@ -123,31 +123,30 @@ impl Prepared {
     ///
     /// # Errors
     ///
-    /// A running weir holds the rules here, or a step was refused; what was done before it is undone.
+    /// A running weir holds the rules here, or a step was refused; what was done here before it is
+    /// undone.
     pub fn apply(self) -> Result<Vec<String>, CaptureError> {
         refuse_held()?;
         let Prepared { mut hooks, plan, .. } = self;
-        let marks = plan.marks();
         let mut done: Vec<String> =
             plan.ip_steps().into_iter().map(|step| format!("ip {}", step.apply)).collect();
-        let routes = (!marks.is_empty()).then(|| route::Routes::install(marks)).transpose()?;
+        let routes = route::Routes::install(&plan.marks())?;
         if plan.closed {
-            for hook in &mut hooks {
-                hook.attach()?;
+            hooks.iter_mut().try_for_each(ConnectHook::attach)?;
+            let new = bpf::settle(&hooks)?;
+            if !hooks.is_empty() {
+                done.push("bpf: connects that would be taken are refused".to_owned());
             }
             if let Some(text) = guard::text(&plan)? {
-                Guard::install(text)?;
+                if let Err(error) = Guard::install(text) {
+                    new.undo();
+                    return Err(error);
+                }
                 done.push(format!("nft: table inet {} refuses what would be taken", guard::TABLE));
-            }
-            for hook in &mut hooks {
-                hook.settle()?;
-                done.push("bpf: connects that would be taken are refused".to_owned());
             }
         }
         // They stay.
-        if let Some(routes) = routes {
-            std::mem::forget(routes);
-        }
+        std::mem::forget(routes);
         Ok(done)
     }
 }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Network namespaces: which one a thread is in decides where its sockets and children live.
 
+use std::collections::BTreeSet;
 use std::fs::{File, metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sched::{CloneFlags, setns};
+
+use super::socket::netns_cookie;
 
 /// A network namespace, held: it lives at least as long as this.
 #[derive(Debug)]
@@ -66,6 +69,33 @@ impl Netns {
     }
 }
 
+/// The numbers (`SO_NETNS_COOKIE`, socket(7)) of all namespaces in which a process lives or that have a
+/// name; `None` where not all of them can be seen: in a PID namespace, or without the right to enter them.
+#[must_use]
+pub fn living() -> Option<BTreeSet<u64>> {
+    if metadata("/proc/self/ns/pid").ok()?.ino() != FIRST_PID_NAMESPACE {
+        return None;
+    }
+    let entries = |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten();
+    let named = entries(NAMED).map(|entry| entry.path());
+    let lived_in = entries("/proc").map(|entry| entry.path().join("ns/net"));
+    let mut seen = BTreeSet::new();
+    let mut living = BTreeSet::new();
+    for path in named.chain(lived_in) {
+        let Ok(netns) = Netns::open(&path) else { continue };
+        let found = netns.file.metadata().ok()?;
+        if seen.insert((found.dev(), found.ino())) {
+            living.insert(netns.within(netns_cookie).and_then(|cookie| cookie).ok()?);
+        }
+    }
+    Some(living)
+}
+
+/// `PROC_PID_INIT_INO` (include/linux/proc_ns.h).
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+/// Where `ip netns` names namespaces.
+const NAMED: &str = "/run/netns";
+
 /// Whether this thread's namespace has IPv6. Not `/proc/net`, which is the main thread's.
 #[must_use]
 pub fn has_ipv6() -> bool {
@@ -82,6 +112,7 @@ mod tests {
         assert!(own.is_at(Path::new("/proc/thread-self/ns/net")));
         assert!(!own.is_at(Path::new("/proc/thread-self/ns/mnt")));
         assert!(!own.is_at(Path::new("/no/such")));
+        assert!(living().is_none_or(|all| all.contains(&netns_cookie().unwrap())));
         let error = Netns::open(Path::new("/dev/null")).unwrap().enter().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }

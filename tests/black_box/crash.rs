@@ -23,7 +23,7 @@ fn start_that_dies_after_any_object_leaves_traffic_alone() {
     let place = TempDir::new().unwrap();
     let file = config_file(&place, &config);
     let routes = ["-4", "-6"].map(|family| {
-        let route = format!("{family} route replace local default dev lo table 133");
+        let route = format!("{family} route replace local default dev lo table 133 proto 133");
         [route, format!("{family} rule add fwmark 0x53a/0xfff lookup 133")]
     });
     let programs = ["weir_peer4", "weir_peer6", "weir_sockops", "weir_connect4", "weir_connect6"];

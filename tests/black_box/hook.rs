@@ -248,6 +248,35 @@ fn closed_hook_outlives_weir_and_is_taken_over() {
     assert!(!cgroup.programs().contains("weir"));
 }
 
+/// CH1, CH3, strict: two workloads with listeners of their own, and each one's connects are refused
+/// when weir was killed; pins for a network namespace that is gone go with the next start.
+#[test]
+fn closed_hooks_of_two_workloads_both_outlive_weir() {
+    let (one, other, bpffs) = (Cgroup::new(), Cgroup::new(), Bpffs::new());
+    let text = format!(
+        "on_exit: closed\nworkers: 1\nworkloads:\n  - {{ name: one, cgroup: {}, outbound: {{}} }}\n  \
+         - {{ name: other, cgroup: {}, outbound: {{ listen: \"127.0.0.1:15002\" }} }}",
+        one.path, other.path
+    );
+    let start = |net: &Net| Weir::run_as(bpffs.command(net, Place::Node, weir()), &text);
+    let gone = Net::new();
+    start(&gone).kill();
+    assert_eq!(bpffs.pins(&gone).len(), 5, "two for each, and the directory");
+    drop(gone);
+    let net = Net::new();
+    servers(&net);
+    let weir = start(&net);
+    until("both are served", || {
+        [&one, &other].iter().all(|cgroup| says(cgroup, &net, TRY) == SERVED)
+    });
+    weir.kill();
+    for cgroup in [&one, &other] {
+        assert_eq!(says(cgroup, &net, TRY), REFUSED);
+        assert_eq!(cgroup.programs().matches("weir_connect").count(), 2, "{}", cgroup.programs());
+    }
+    assert_eq!(bpffs.pins(&net).len(), 5);
+}
+
 /// CH3, security: where others may write, nothing is pinned; without a bpffs the cure is named.
 #[test]
 fn closed_hook_needs_a_place_of_its_own() {

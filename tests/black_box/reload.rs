@@ -6,6 +6,9 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::scope;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::harness::{Net, Place, Weir, check, echo, expect_reset, send, until};
 
 const LISTEN: &str = "10.98.1.1:7000";
@@ -159,6 +162,33 @@ fn bad_file_keeps_the_old_config_and_says_why() {
         assert_eq!(who(&net, LISTEN), 1);
     }
     weir.end(&net);
+}
+
+/// LC6, TP4: a reload that fails half-way, because whoever held the rules is gone, leaves nothing open
+/// that shall be closed, and what is missing comes back.
+#[test]
+fn reload_that_fails_half_way_leaves_the_node_closed() {
+    let net = Net::new();
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    let config = |port| {
+        format!("on_exit: closed\nworkers: 1\ninbound: {{ ports: {{ exclude: [{port}] }} }}")
+    };
+    let weir = Weir::run(&net, &config(8001));
+    let children = format!("/proc/{0}/task/{0}/children", weir.pid());
+    let holder = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
+    kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
+    // Who looks at the rules may have put them back before: then it goes through.
+    weir.reload(&config(8002));
+    for table in ["weir", "weir_guard"] {
+        let words = ["nft", "list", "table", "inet", table];
+        until("both tables are back", || net.output(Place::Node, &words).status.success());
+    }
+    assert!(weir.reload(&config(8003)), "{}", weir.log());
+    weir.kill();
+    let guard = net.run(Place::Node, &["nft", "list", "table", "inet", "weir_guard"]);
+    assert!(guard.contains("8003"), "{guard}");
+    net.run(Place::Node, &[crate::harness::weir(), "rules", "clear"]);
+    until("the node is clean", || net.is_clean());
 }
 
 /// What cannot change is named and kept; the rest of the file is taken.

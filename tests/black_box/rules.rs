@@ -363,6 +363,25 @@ fn removed_rules_are_back_within_two_seconds() {
     until("the node is clean", || net.is_clean());
 }
 
+/// LC6, RD3: somebody else's route to loopback in the same table, as Istio has it, serves weir too, and
+/// is there when weir is gone.
+#[test]
+fn same_route_of_others_serves_and_stays() {
+    let net = node();
+    let shown = || net.run(Place::Node, &["ip", "route", "show", "table", "133"]);
+    net.run(Place::Node, &["ip", "route", "add", "local", "default", "dev", "lo", "table", "133"]);
+    let before = shown();
+    let weir = Weir::run(&net, "inbound: {}");
+    visit(&net);
+    assert_eq!((weir.opened(), shown()), (1, before.clone()));
+    weir.end(&net);
+    let weir = Weir::run(&net, "inbound: {}");
+    weir.kill();
+    out(&rules(&net, &["clear"]));
+    assert_eq!(shown(), before);
+    until("the node is clean", || net.is_clean());
+}
+
 /// TP11 by policy: weir only says what is missing and is not ready, until somebody puts it back.
 #[test]
 fn alarm_leaves_edits_to_others() {

@@ -17,7 +17,7 @@ impl Bpffs {
     pub(crate) fn new() -> Bpffs {
         let script = "mount -t bpf bpf /sys/fs/bpf && echo ready && exec cat";
         let mut holder = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c", script])
+            .args(["--mount", "--propagation", "slave", "sh", "-c", script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
