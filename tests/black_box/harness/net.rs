@@ -240,7 +240,7 @@ impl Net {
         let rules = rules.lines().filter(is_ours);
         // A table that was never used is an error to `ip`, and says nothing on stdout.
         let routes = families.map(|family| {
-            let words = ["ip", family, "route", "show", "table", "133"];
+            let words = ["ip", family, "route", "show", "table", "133", "proto", "133"];
             String::from_utf8_lossy(&self.output(place, &words).stdout).into_owned()
         });
         let routes = routes.concat();
