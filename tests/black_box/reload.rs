@@ -175,8 +175,13 @@ fn reload_that_fails_half_way_leaves_the_node_closed() {
     };
     let weir = Weir::run(&net, &config(8001));
     let children = format!("/proc/{0}/task/{0}/children", weir.pid());
-    let holder = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
-    kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
+    let children = std::fs::read_to_string(children).unwrap();
+    let is_holder = |pid: &&str| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line == b"nft\0-i\0"
+    };
+    let holder = children.split_whitespace().find(is_holder).unwrap();
+    kill(Pid::from_raw(holder.parse().unwrap()), Signal::SIGKILL).unwrap();
     // Who looks at the rules may have put them back before: then it goes through.
     weir.reload(&config(8002));
     for table in ["weir", "weir_guard"] {
