@@ -157,7 +157,8 @@ fn check(result: &Value) {
                 ("flow", true) => &["slab_bytes_per_flow"],
                 ("flow", false) => &["slab_bytes_per_flow", "user_bytes_per_flow"],
                 ("GB", _) => &["bytes_per_second", "system_cpu_us_per_unit", "retransmits"],
-                (_, true) => &["per_second", "p50_us", "p99_9_us", "system_cpu_us_per_unit"],
+                // High quantiles need more exchanges than a busy machine has in this time.
+                (_, true) => &["per_second", "p50_us", "max_us", "system_cpu_us_per_unit"],
                 (_, false) => &["per_second", "forwarder_cpu_us_per_unit", "conntrack_per_flow"],
             };
             for name in wanted {

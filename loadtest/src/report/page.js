@@ -156,9 +156,11 @@ function scaling() {
   for (const family of data.families) {
     const xs = family.connections;
     const log = { distr: 3 };
+    const x = { ...log, range: [xs[0] * 0.9, xs[xs.length - 1] * 1.15] };
+    const brief = (count) => count >= 1000 ? number(count / 1000) + "k" : number(count);
     const table = (figure) => family.lines.map((line) => line[figure]);
     const names = family.lines.map((line) => line.target);
-    const options = { x: log, y: {}, points: true, xAxis: { splits: () => xs, filter: (_, splits) => splits, values: (_, splits) => splits.map((split) => number(split)) } };
+    const options = { x, y: {}, points: true, xAxis: { splits: () => xs, filter: (_, splits) => splits, values: (_, splits) => splits.map(brief) } };
     lines(card(place, `${family.name}: rate by connections`, "a second"), names, [xs, ...table("rate")], { ...options, y: { range: (_, low, high) => [0, high * 1.08] } });
     lines(card(place, `${family.name}: p99 by connections`, "µs"), names, [xs, ...table("p99")], { ...options, y: log });
   }
