@@ -25,12 +25,13 @@ fn said<T: Debug>(result: Result<T, Stop>) -> Result<String, usize> {
     }
 }
 
-fn answers(bytes: &[u8]) -> [Result<String, usize>; 6] {
+fn answers(bytes: &[u8]) -> [Result<String, usize>; 7] {
     [
         said(bolt::parse(bytes)),
         said(detect::detect(bytes)),
         said(dubbo::parse(bytes)),
         said(http1::parse(bytes)),
+        said(http1::parse_answer(bytes, false)),
         said(http2::parse(bytes)),
         said(tls::parse(bytes)),
     ]
@@ -226,6 +227,88 @@ fn http1_heads_are_read() {
     assert_eq!((head.host, head.body), (&b"[::1]"[..], http1::Body::Chunked));
     let upgrade = b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n";
     assert!(http1::parse(upgrade).unwrap().is_upgrade);
+}
+
+#[test]
+fn http1_answers_are_read() {
+    use http1::Body::{Chunked, End, Length};
+    for (line, headers, expected) in [
+        ("HTTP/1.1 200 OK", "Content-Length: 5\r\n", (Length(5), false, 200)),
+        ("HTTP/1.1 200", "Content-Length: 0\r\nConnection: x, close\r\n", (Length(0), true, 200)),
+        ("HTTP/1.1 200 ", "transfer-encoding: chunked\r\n", (Chunked, false, 200)),
+        ("HTTP/1.1 500 Oh no", "", (End, true, 500)),
+        ("HTTP/1.1 204 No", "", (Length(0), false, 204)),
+        ("HTTP/1.1 304 Not", "Content-Length: 500\r\n", (Length(0), false, 304)),
+        ("HTTP/1.1 103 Early", "Link: x\r\n", (Length(0), false, 103)),
+        ("HTTP/1.0 200 OK", "Content-Length: 1\r\n", (Length(1), true, 200)),
+        (
+            "HTTP/1.0 200 OK",
+            "Content-Length: 1\r\nConnection: Keep-Alive\r\n",
+            (Length(1), false, 200),
+        ),
+    ] {
+        let text = format!("{line}\r\n{headers}\r\n");
+        settles(text.as_bytes());
+        let more = followed(text.as_bytes());
+        let answer = http1::parse_answer(&more, false).unwrap();
+        assert_eq!((answer.body, answer.closes, answer.status), expected, "{text:?}");
+        assert_eq!(answer.head_len, text.len());
+        let to_head = http1::parse_answer(&more, true).unwrap();
+        assert_eq!(to_head.body, Length(0), "an answer to HEAD has no body: {text:?}");
+    }
+    for (line, headers) in [
+        ("HTTP/2.0 200 OK", ""),
+        ("HTTP/1.1 20 OK", ""),
+        ("HTTP/1.1 2000 OK", ""),
+        ("HTTP/1.1 099 OK", ""),
+        ("HTTP/1.1  200 OK", ""),
+        ("HTTP/1.1 200 OK", "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n"),
+        ("HTTP/1.1 200 OK", "Content-Length: 1\r\nContent-Length: 1\r\n"),
+        ("HTTP/1.1 200 OK", "Transfer-Encoding: gzip\r\n"),
+        ("HTTP/1.1 200 OK", "X : y\r\n"),
+    ] {
+        let text = format!("{line}\r\n{headers}\r\n");
+        settles(text.as_bytes());
+        let answer = http1::parse_answer(text.as_bytes(), false);
+        assert!(matches!(answer, Err(Stop::Bad(_))), "{text:?}");
+    }
+}
+
+#[test]
+fn http1_chunks_end_at_the_same_place_however_they_are_cut() {
+    let next = b"HTTP/1.1 200 OK\r\n";
+    for body in [
+        "0\r\n\r\n",
+        "5\r\nhello\r\n0\r\n\r\n",
+        "a;x=\"y\"\r\n0123456789\r\n1 \r\n!\r\n00\r\nA: b\r\nC: d\r\n\r\n",
+    ] {
+        let bytes = [body.as_bytes(), next].concat();
+        for cut in 0..=bytes.len() {
+            let mut chunks = http1::Chunks::new();
+            let first = chunks.eat(&bytes[..cut]).unwrap();
+            assert_eq!(first, cut.min(body.len()));
+            let second = chunks.eat(&bytes[first..]).unwrap();
+            assert_eq!((first + second, chunks.is_over()), (body.len(), true), "{body:?} at {cut}");
+        }
+        let mut slow = http1::Chunks::new();
+        let eaten: usize = bytes.iter().map(|byte| slow.eat(&[*byte]).unwrap()).sum();
+        assert_eq!(eaten, body.len());
+    }
+    for broken in [
+        "\r\n",
+        "g\r\n",
+        "5\r\nhello!",
+        "5\n",
+        "-1\r\n",
+        "0x5\r\n",
+        "fffffffffffffffff\r\n",
+        "0\r\n\n",
+        "5\r\nhello\n",
+    ] {
+        assert!(http1::Chunks::new().eat(broken.as_bytes()).is_err(), "{broken:?}");
+    }
+    let endless = format!("0\r\n{}", "A: b\r\n".repeat(3000));
+    assert!(http1::Chunks::new().eat(endless.as_bytes()).is_err(), "a trailer has its limit");
 }
 
 #[test]

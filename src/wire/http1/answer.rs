@@ -65,7 +65,8 @@ fn status_line(line: &[u8]) -> Option<(&[u8], u16)> {
     let is_known = matches!(version, b"HTTP/1.1" | b"HTTP/1.0");
     let is_number = digits.iter().all(u8::is_ascii_digit) && digits.first() != Some(&b'0');
     let is_over = rest.first().is_none_or(|byte| *byte == b' ');
-    let status = digits.iter().fold(0, |status, digit| status * 10 + u16::from(digit - b'0'));
+    let status =
+        digits.iter().fold(0, |status, digit| status * 10 + u16::from(digit.wrapping_sub(b'0')));
     (is_known && is_number && is_over).then_some((version, status))
 }
 
