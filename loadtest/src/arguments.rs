@@ -55,6 +55,9 @@ pub(crate) struct Serve {
     /// Milliseconds before an answer (`echo`, `http`), as if it were work
     #[arg(long, value_name = "MS", default_value = "0", value_parser = milliseconds)]
     pub(crate) delay: Duration,
+    /// What comes are SOFABolt requests of so many bytes: answer them (`echo`)
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) bolt: Option<usize>,
     /// Bytes a second that a connection is read at (`slow`)
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 10)]
     pub(crate) read_rate: u64,
@@ -100,6 +103,10 @@ pub(crate) struct Run {
     /// Bytes of a message; several by weight as `64*90,5000*9,256k*1`
     #[arg(long, default_value = "64")]
     pub(crate) size: Sizes,
+    /// Messages are SOFABolt requests of so many bytes each for the service `bench`, all in flight
+    /// at once; `--serve` answers them
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) bolt: Option<usize>,
     /// Open loop: so many exchanges a second in total, and a latency counts from when its exchange
     /// was due. Closed loop if not said: who has its answer asks again
     #[arg(long, value_name = "PER_SECOND", value_parser = rate)]

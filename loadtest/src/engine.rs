@@ -193,6 +193,12 @@ impl Engine {
         self.buffers.get(from..from + bytes).unwrap_or_default()
     }
 
+    /// The same, to be changed before it is sent back.
+    pub(crate) fn received_mut(&mut self, buffer: u16, bytes: usize) -> &mut [u8] {
+        let from = usize::from(buffer) * self.buffer_bytes as usize;
+        self.buffers.get_mut(from..from + bytes).unwrap_or_default()
+    }
+
     /// No more will be sent: FIN follows what was.
     pub(crate) fn shut_down(&mut self, connection: usize, socket: Socket) {
         let shutdown = opcode::Shutdown::new(socket.number(), libc::SHUT_WR).build();

@@ -11,6 +11,7 @@ use clap::Parser;
 use arguments::{Arguments, Verb};
 
 mod arguments;
+mod bolt;
 mod compare;
 mod engine;
 mod forward;

@@ -16,7 +16,7 @@ use crate::arguments::{Engine, Output, Run, Serve};
 use crate::serve::{self, Server};
 use crate::threshold::Figures;
 use crate::watch::{Memory, Watch};
-use crate::{Exit, place, print, signals};
+use crate::{Exit, bolt, place, print, signals};
 
 use client::Client;
 use outcome::Outcome;
@@ -118,6 +118,12 @@ fn check(arguments: &Run) -> Result<()> {
     if arguments.rate.is_some() && !arguments.think.is_zero() {
         bail!("--think is for the closed loop: leave it out, or --rate");
     }
+    if let Some(frame) = arguments.bolt {
+        let is_plain = kind == Kind::Pingpong && !arguments.check;
+        ensure!(is_plain, "--bolt is for --kind pingpong, without --check");
+        let fits = frame >= bolt::FRAME_BYTES_MIN && arguments.size.largest().is_multiple_of(frame);
+        ensure!(fits, "--bolt must be at least {} and divide --size", bolt::FRAME_BYTES_MIN);
+    }
     if arguments.check && matches!(kind, Kind::Http | Kind::Idle) {
         bail!("--check needs messages of its own, and --kind {} has none", kind.word());
     }
@@ -136,6 +142,7 @@ fn server(arguments: &Run, listen: std::net::SocketAddr) -> Result<Server> {
         place::enter(namespace)?;
     }
     Server::open(&Serve {
+        bolt: arguments.bolt,
         check: arguments.check,
         congestion: arguments.congestion.clone(),
         delay: Duration::ZERO,

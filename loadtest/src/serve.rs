@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Type};
 
 use crate::arguments::{self, Serve};
 use crate::engine::{self, Engine, Event, Socket};
-use crate::{http, place, words};
+use crate::{bolt, http, place, words};
 
 mod tokio_uring;
 
@@ -230,6 +230,11 @@ impl Server {
         connection.received += u64::from(bytes);
         match self.arguments.kind {
             Kind::Echo | Kind::Slow => {
+                if let Some(frame) = self.arguments.bolt {
+                    let came_before = connection.received - u64::from(bytes);
+                    let chunk = self.engine.received_mut(buffer, bytes as usize);
+                    bolt::answer(chunk, came_before, frame);
+                }
                 connection.queue.push_back((buffer, bytes));
                 self.hold(index, bytes);
                 return;

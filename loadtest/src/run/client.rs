@@ -19,7 +19,7 @@ use crate::engine::{self, Engine, Event};
 use crate::serve::Server;
 use crate::signals::is_interrupted;
 use crate::watch::{Memory, Watch};
-use crate::{http, words};
+use crate::{bolt, http, words};
 
 /// The client, and the server if that is in this thread.
 pub(super) struct Client<'a> {
@@ -83,6 +83,7 @@ impl<'a> Client<'a> {
         ensure!(bytes <= OUTGOING_BYTES_MAX, "--check with so many and so large needs {bytes} B");
         let outgoing = match arguments.kind {
             Kind::Http => http::request(arguments.to),
+            _ if arguments.bolt.is_some() => bolt::requests(unit, arguments.bolt.unwrap_or(unit)),
             _ if arguments.check => vec![0; bytes],
             _ => vec![b'Z'; unit],
         };
