@@ -16,6 +16,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use guard::Guard;
 use legs::Legs;
 use refusal::{Failure, Text};
 use socket::{Held, Socket};
@@ -33,6 +34,7 @@ pub use naming::{Guest, guest};
 pub use pieces::{Pieces, Queue};
 
 mod answers;
+mod guard;
 mod legs;
 mod losses;
 mod naming;
@@ -67,6 +69,8 @@ pub struct Exchange {
     /// Whose frame is on its way to the downstream.
     floor: Option<usize>,
     head: FlowId,
+    /// Of HTTP/2: what its requests have said, and what they are for.
+    guard: Option<Box<Guard>>,
     /// Something of the downstream is waiting for its rest since then.
     hanging: Option<u32>,
     /// What comes next may be no request: that depends on an answer.
@@ -221,6 +225,7 @@ impl Exchange {
             drains: false,
             failures: 0,
             floor: None,
+            guard: (protocol == Protocol::Http2).then(Box::default),
             hanging: None,
             head,
             is_held: false,
@@ -382,6 +387,9 @@ impl Exchange {
                 break;
             }
         }
+        if self.guard.as_ref().is_some_and(|guard| guard.is_bound()) && self.legs.is_empty() {
+            return Err(CloseReason::UpstreamReset);
+        }
         self.drive(means);
         if self.is_done() { Err(CloseReason::Finished) } else { Ok(()) }
     }
@@ -391,6 +399,7 @@ impl Exchange {
         let is_idle = self.asked.is_empty() && self.floor.is_none();
         let is_flushed = self.client.is_flushed();
         let is_over = match self.reading {
+            _ if self.guard.is_some() => self.client.has_ended(),
             Reading::Rest => self.client.has_ended(),
             Reading::Between if self.client.has_ended() => is_idle,
             Reading::Between => self.drains && is_idle && self.client.inbox.is_empty(),

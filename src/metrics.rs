@@ -166,6 +166,8 @@ pub enum Outcome {
     NoEndpoint,
     /// It was passed on, and wants no answer.
     OneWay,
+    /// Its connection belongs to another service (HTTP/2): it ends, rather than reach the wrong one.
+    OtherService,
     /// Too many upstreams at once for its connection.
     Overload,
     /// No answer came in time.
@@ -176,12 +178,13 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every value, in the order of the discriminants.
-    pub const ALL: [Outcome; 8] = [
+    pub const ALL: [Outcome; 9] = [
         Outcome::Answered,
         Outcome::Bad,
         Outcome::Broken,
         Outcome::NoEndpoint,
         Outcome::OneWay,
+        Outcome::OtherService,
         Outcome::Overload,
         Outcome::Timeout,
         Outcome::UnknownService,
@@ -196,6 +199,7 @@ impl Outcome {
             Outcome::Broken => "broken",
             Outcome::NoEndpoint => "no_endpoint",
             Outcome::OneWay => "one_way",
+            Outcome::OtherService => "other_service",
             Outcome::Overload => "overload",
             Outcome::Timeout => "timeout",
             Outcome::UnknownService => "unknown_service",

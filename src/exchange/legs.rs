@@ -5,7 +5,6 @@
 
 use std::net::SocketAddr;
 
-use super::pieces::Pieces;
 use super::refusal::Failure;
 use super::socket::Socket;
 use super::speech::Reading;
@@ -25,6 +24,8 @@ pub(super) struct Leg {
     /// The answer that is being passed on is the last thing the downstream gets.
     pub(super) ends_all: bool,
     heard: u64,
+    /// Counted as open at it, as long as the leg lives.
+    holds: EndpointId,
     is_broken: bool,
     /// What its inbox begins with is not complete.
     pub(super) is_cut: bool,
@@ -82,6 +83,12 @@ pub(super) struct Legs {
 impl Leg {
     pub(super) const fn line(&self) -> Line {
         Line { addr: self.addr, heard: self.heard, sent: self.sent, slot: self.slot }
+    }
+
+    /// It has a whole connection, until it is closed.
+    pub(super) fn hold(&mut self, endpoint: EndpointId) {
+        self.holds = endpoint;
+        self.waiting += 1;
     }
 
     pub(super) fn is_open(&self) -> bool {
@@ -156,6 +163,7 @@ impl Exchange {
             endpoint: pick.endpoint,
             ends_all: false,
             heard: 0,
+            holds: EndpointId::NONE,
             is_broken: false,
             is_cut: false,
             needed: 0,
@@ -313,7 +321,7 @@ impl Exchange {
         }
         let Some(pick) = pick.filter(|pick| !pick.is_last_resort || leg.redials == 0) else {
             self.fail_leg(index, Failure::NoEndpoint, means);
-            return self.legs.remove(index, means.pieces);
+            return self.legs.remove(index, means);
         };
         leg.redials += 1;
         leg.dial(pick, means);
@@ -423,13 +431,14 @@ impl Legs {
             leg.socket = leg.socket.anew();
             return true;
         }
-        self.remove(index, means.pieces);
+        self.remove(index, means);
         false
     }
 
-    fn remove(&mut self, index: usize, pieces: &mut Pieces) {
+    fn remove<H: Host>(&mut self, index: usize, means: &mut Means<'_, H>) {
         if let Some(mut leg) = self.list.get_mut(index).and_then(Option::take) {
-            leg.socket.clear(pieces);
+            means.picker.ended(leg.holds);
+            leg.socket.clear(means.pieces);
         }
     }
 }

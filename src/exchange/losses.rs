@@ -119,7 +119,7 @@ impl Exchange {
         if hanging.is_some_and(is_over) || idle.is_some_and(is_over) {
             return Err(CloseReason::IdleTimeout);
         }
-        // Half a frame keeps everybody waiting. HTTP's answers may take their time: they wait anyway.
+        // Half a frame keeps everybody waiting; in HTTP nobody waits that would not have to anyway.
         let stalled = self.floor_since().zip(means.rules.request);
         let stalled = stalled.map(|(since, span)| since.wrapping_add(span));
         if stalled.is_some_and(is_over) {
@@ -142,7 +142,8 @@ impl Exchange {
 
     /// When the leg whose frame is on its way has last said something.
     fn floor_since(&mut self) -> Option<u32> {
-        let leg = self.floor.filter(|_| self.protocol != Protocol::Http1)?;
+        let is_shared = matches!(self.protocol, Protocol::Bolt | Protocol::Dubbo);
+        let leg = self.floor.filter(|_| is_shared)?;
         self.legs.get_mut(leg).map(|leg| leg.used_at)
     }
 

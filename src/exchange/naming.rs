@@ -10,9 +10,9 @@ use crate::wire::{Stop, dubbo, http1, http2, tls};
 /// How a connection of the shared port is served.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Guest {
-    /// All of it goes to one service; `None` if nobody knows its name here.
+    /// All of it goes to one service, unseen; `None` if nobody knows its name here.
     Connection(Option<ServiceId>),
-    /// Each request goes to its own.
+    /// Each request goes to its own service; in HTTP/2 all must be for the same one.
     Requests(Protocol),
 }
 
@@ -23,11 +23,10 @@ pub enum Guest {
 /// Too little of it, or nothing that is known.
 pub fn guest(bytes: &[u8], table: &Table) -> Result<Guest, Stop> {
     Ok(match detect(bytes)? {
-        Protocol::Http2 => {
-            let opening = http2::parse(bytes)?;
-            let service = opening.grpc_service().and_then(|name| by_name(name, table));
-            Guest::Connection(service.or_else(|| by_host(opening.host(), table)))
-        }
+        Protocol::Http2 => match of_http2(&http2::parse(bytes)?, table) {
+            Some(_) => Guest::Requests(Protocol::Http2),
+            None => Guest::Connection(None),
+        },
         Protocol::Tls => {
             let name = tls::parse(bytes)?;
             Guest::Connection(name.and_then(|host| by_host(host.as_bytes(), table)))
@@ -46,6 +45,12 @@ pub(super) fn of_dubbo(service: dubbo::Service<'_>, table: &Table) -> Option<Ser
     let mut name = [0; NAME_BYTES_MAX];
     let named = joined(&mut name, service.path, service.version);
     named.and_then(|name| table.find(name)).or_else(|| by_name(service.path, table))
+}
+
+/// By the service in the path, else by the host.
+pub(super) fn of_http2(opening: &http2::Opening, table: &Table) -> Option<ServiceId> {
+    let service = opening.grpc_service().and_then(|name| by_name(name, table));
+    service.or_else(|| by_host(opening.host(), table))
 }
 
 /// By the header that says so, else by the host.
@@ -100,17 +105,19 @@ mod tests {
     #[test]
     fn first_words_tell_how_a_connection_is_served() {
         let mut directory = Directory::default();
-        let ids = ["com.a.Grpc", "web.example"].map(|name| {
-            directory.set(name, Manner::of(Balance::RoundRobin), Vec::new(), Instant::now())
-        });
+        directory.set("com.a.Grpc", Manner::of(Balance::RoundRobin), Vec::new(), Instant::now());
         let table = directory.table();
         let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-        let grpc = [&preface[..], b"\0\0\x10\x01\x04\0\0\0\x01\x04\x0e/com.a.Grpc/Do"].concat();
+        let grpc = |path: &str| {
+            let headers = b"\0\0\x10\x01\x04\0\0\0\x01\x04\x0e";
+            [&preface[..], headers, path.as_bytes()].concat()
+        };
         for (bytes, expected) in [
             (unhex("01 01 00"), Ok(Guest::Requests(Protocol::Bolt))),
             (unhex("dabb"), Ok(Guest::Requests(Protocol::Dubbo))),
             (b"GET / HTTP/1.1\r\n".to_vec(), Ok(Guest::Requests(Protocol::Http1))),
-            (grpc, Ok(Guest::Connection(Some(ids[0])))),
+            (grpc("/com.a.Grpc/Do"), Ok(Guest::Requests(Protocol::Http2))),
+            (grpc("/com.a.Http/Do"), Ok(Guest::Connection(None))),
             (b"SSH-2.0-OpenSSH\r\n".to_vec(), Err(Stop::NotMine)),
         ] {
             assert_eq!(guest(&bytes, &table), expected, "{bytes:02x?}");

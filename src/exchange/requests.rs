@@ -42,17 +42,16 @@ impl Exchange {
         if !self.takes_requests(means) {
             return Ok(false);
         }
+        if self.guard.is_some() {
+            return self.begin_frame(means);
+        }
         let protocol = self.protocol;
         let ask = means
             .read(self.client.inbox, |bytes, picker| speech::ask(protocol, bytes, picker.table()));
         let ask = match ask {
             Ok(ask) => ask,
             Err(Stop::NeedMore(needed)) => {
-                self.needed = u32::try_from(needed).unwrap_or(u32::MAX);
-                if self.hanging.is_none() {
-                    self.hanging = Some(means.now);
-                    self.set_alarm(means.now.wrapping_add(means.rules.head));
-                }
+                self.wait_for(needed, means);
                 return Ok(false);
             }
             Err(Stop::Bad(_) | Stop::NotMine) => return self.misunderstand(means),
@@ -65,6 +64,15 @@ impl Exchange {
         self.reading = Reading::of(ask.extent);
         self.is_held = ask.mark.may_open && self.to.is_some();
         Ok(true)
+    }
+
+    /// The front of the inbox is of no use before so many bytes are there, and not for ever.
+    pub(super) fn wait_for<H: Host>(&mut self, needed: usize, means: &mut Means<'_, H>) {
+        self.needed = u32::try_from(needed).unwrap_or(u32::MAX);
+        if self.hanging.is_none() {
+            self.hanging = Some(means.now);
+            self.set_alarm(means.now.wrapping_add(means.rules.head));
+        }
     }
 
     fn takes_requests<H: Host>(&self, means: &Means<'_, H>) -> bool {
@@ -134,7 +142,7 @@ impl Exchange {
         failure.is_none().then_some(leg)
     }
 
-    fn choose_known<H: Host>(
+    pub(super) fn choose_known<H: Host>(
         &mut self,
         service: Option<ServiceId>,
         means: &mut Means<'_, H>,

@@ -554,7 +554,10 @@ fn any_order_of_events_keeps_every_promise() {
     // A simulation in which all goes well, or nothing does, proves little.
     assert!(ended[CloseReason::Finished as usize] > SEEDS / 3, "{ended:?}");
     assert!(ended[CloseReason::UpstreamReset as usize] > 0, "{ended:?}");
-    for outcome in Outcome::ALL.into_iter().filter(|outcome| *outcome != Outcome::Bad) {
+    for outcome in Outcome::ALL {
+        if matches!(outcome, Outcome::Bad | Outcome::OtherService) {
+            continue; // Nobody says such a thing here.
+        }
         assert!(counts[outcome as usize] > SEEDS / 200, "{outcome:?}: {counts:?}");
     }
 }

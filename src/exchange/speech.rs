@@ -165,7 +165,11 @@ pub(super) fn reply(protocol: Protocol, bytes: &[u8], to: Option<Mark>) -> Resul
             let to = to.ok_or(Stop::Bad("an answer that nobody has asked for"))?;
             Ok(reply_http1(http1::parse_answer(bytes, to.is_head)?, to))
         }
-        Protocol::Http2 | Protocol::Tls => Err(Stop::NotMine),
+        // All of it is for whoever opened the connection.
+        Protocol::Http2 => {
+            Ok(Reply { closes: false, extent: Extent::End, kind: ReplyKind::Before })
+        }
+        Protocol::Tls => Err(Stop::NotMine),
     }
 }
 

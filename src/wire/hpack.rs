@@ -8,6 +8,10 @@
 use super::http2::Block;
 use super::{Name, Stop};
 
+pub(super) use memory::{Memory, Tag};
+
+mod memory;
+
 /// What was found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Names {
@@ -27,13 +31,13 @@ pub(super) fn decode(block: &mut Block<'_>) -> Result<Names, Stop> {
                 found.take(entry.field, entry.value)?;
             }
             0x40..=0x7f => {
-                let entry = literal(block, &table, first, 0x3f)?;
+                let entry = literal(block, |index| table.name(index), first, 0x3f)?;
                 found.take(entry.field, entry.value)?;
                 table.insert(entry);
             }
             0x20..=0x3f => table.resize(block.number(first, 0x1f)?)?,
             _ => {
-                let entry = literal(block, &table, first, 0x0f)?;
+                let entry = literal(block, |index| table.name(index), first, 0x0f)?;
                 found.take(entry.field, entry.value)?;
             }
         }
@@ -92,25 +96,30 @@ impl Found {
         if place.is_some() {
             return Err(Stop::Bad("a pseudo header is there twice"));
         }
+        *place = Some(value.read(field == Field::Path)?);
+        Ok(())
+    }
+}
+
+impl Value<'_> {
+    fn read(self, is_path: bool) -> Result<Name, Stop> {
         let mut name = Name::EMPTY;
-        let is_path = field == Field::Path;
         let push = |byte| match name.push(byte) {
             Err(_) if is_path => Ok(()), // Only its beginning names a service.
             result => result,
         };
-        match value {
+        match self {
             Value::Coded(text) => decode_text(text, push)?,
             Value::Fixed(bytes) => bytes.iter().copied().try_for_each(push)?,
         }
-        *place = Some(name);
-        Ok(())
+        Ok(name)
     }
 }
 
 /// A field with a value of its own; the name may be one of the tables.
 fn literal<'a>(
     block: &mut Block<'a>,
-    table: &Table<'a>,
+    name_of: impl Fn(usize) -> Result<(Field, usize), Stop>,
     first: u8,
     mask: u8,
 ) -> Result<Entry<'a>, Stop> {
@@ -130,8 +139,7 @@ fn literal<'a>(
             _ => (Field::Other, bytes),
         }
     } else {
-        let entry = table.get(index)?;
-        (entry.field, entry.name_bytes)
+        name_of(index)?
     };
     let value = text(block)?;
     let mut value_bytes = 0;
@@ -200,20 +208,17 @@ impl<'a> Table<'a> {
         Table { bytes: 0, bytes_max: BYTES_MAX, entries: [None; ENTRIES_MAX], len: 0, newest: 0 }
     }
 
+    /// The name of an entry: which field it is, and how long.
+    fn name(&self, index: usize) -> Result<(Field, usize), Stop> {
+        self.get(index).map(|entry| (entry.field, entry.name_bytes))
+    }
+
     fn get(&self, index: usize) -> Result<Entry<'a>, Stop> {
         let none = Stop::Bad("no such header in the table");
-        let index = index.checked_sub(1).ok_or(none)?;
-        if let Some(name_bytes) = STATIC_NAMES.get(index).copied().map(usize::from) {
-            let (field, value): (Field, &'static [u8]) = match index + 1 {
-                1 => (Field::Authority, b""),
-                4 => (Field::Path, b"/"),
-                5 => (Field::Path, b"/index.html"),
-                _ => (Field::Other, b""),
-            };
-            let bytes = name_bytes + value.len();
-            return Ok(Entry { bytes, field, name_bytes, value: Value::Fixed(value) });
-        }
-        let age = index - STATIC_NAMES.len();
+        let age = match of_static(index)? {
+            Place::Static(entry) => return Ok(entry),
+            Place::Dynamic(age) => age,
+        };
         if age >= self.len {
             return Err(none);
         }
@@ -253,6 +258,28 @@ impl<'a> Table<'a> {
             self.len -= 1;
         }
     }
+}
+
+/// Where an index leads.
+enum Place<'a> {
+    /// Into the dynamic table, so many entries after the newest.
+    Dynamic(usize),
+    Static(Entry<'a>),
+}
+
+fn of_static<'a>(index: usize) -> Result<Place<'a>, Stop> {
+    let index = index.checked_sub(1).ok_or(Stop::Bad("no such header in the table"))?;
+    let Some(name_bytes) = STATIC_NAMES.get(index).copied().map(usize::from) else {
+        return Ok(Place::Dynamic(index - STATIC_NAMES.len()));
+    };
+    let (field, value): (Field, &'static [u8]) = match index + 1 {
+        1 => (Field::Authority, b""),
+        4 => (Field::Path, b"/"),
+        5 => (Field::Path, b"/index.html"),
+        _ => (Field::Other, b""),
+    };
+    let bytes = name_bytes + value.len();
+    Ok(Place::Static(Entry { bytes, field, name_bytes, value: Value::Fixed(value) }))
 }
 
 /// The code is canonical: within a length, codes follow each other as their symbols do.

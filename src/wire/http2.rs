@@ -7,6 +7,10 @@
 
 use super::{Name, Reader, Stop, hpack};
 
+pub use streams::{Requested, Streams};
+
+mod streams;
+
 /// The first request of a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Opening {
@@ -22,9 +26,7 @@ impl Opening {
     /// Of gRPC and Triple: `/package.Service/Method` without slashes and method.
     #[must_use]
     pub fn grpc_service(&self) -> Option<&[u8]> {
-        let mut parts = self.path.as_bytes().strip_prefix(b"/")?.splitn(2, |byte| *byte == b'/');
-        let service = parts.next().filter(|service| !service.is_empty())?;
-        parts.next().map(|_| service)
+        service_in(&self.path)
     }
 
     /// The authority without its port.
@@ -32,6 +34,12 @@ impl Opening {
     pub fn host(&self) -> &[u8] {
         super::http1::without_port(self.authority.as_bytes())
     }
+}
+
+fn service_in(path: &Name) -> Option<&[u8]> {
+    let mut parts = path.as_bytes().strip_prefix(b"/")?.splitn(2, |byte| *byte == b'/');
+    let service = parts.next().filter(|service| !service.is_empty())?;
+    parts.next().map(|_| service)
 }
 
 /// Reads from the preface on.
@@ -77,13 +85,19 @@ impl Frame {
         if reader.at > OPENING_BYTES_MAX {
             return Err(Stop::Bad("too much before the first request"));
         }
-        let len = reader.u24()?;
-        let (kind, flags) = (reader.u8()?, reader.u8()?);
-        let stream = reader.u32()? & 0x7fff_ffff;
-        if len > FRAME_BYTES_MAX {
+        let frame = Frame::any(reader)?;
+        if frame.len > FRAME_BYTES_MAX {
             return Err(Stop::Bad("a frame larger than allowed"));
         }
-        Ok(Frame { flags, kind, len: len as usize, stream })
+        Ok(frame)
+    }
+
+    /// Of any size: a server may have allowed more than we know.
+    fn any(reader: &mut Reader<'_>) -> Result<Frame, Stop> {
+        let len = reader.u24()? as usize;
+        let (kind, flags) = (reader.u8()?, reader.u8()?);
+        let stream = reader.u32()? & 0x7fff_ffff;
+        Ok(Frame { flags, kind, len, stream })
     }
 }
 
@@ -178,6 +192,6 @@ const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 const PRIORITY_FLAG: u8 = 0x20;
 /// SETTINGS_MAX_FRAME_SIZE as it is until we say otherwise.
-const FRAME_BYTES_MAX: u32 = 16_384;
+const FRAME_BYTES_MAX: usize = 16_384;
 /// Up to the last frame that may begin.
 const OPENING_BYTES_MAX: usize = 64 * 1024;

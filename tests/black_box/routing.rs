@@ -190,6 +190,42 @@ fn broken_frame_resets_the_connection() {
     weir.end(&net);
 }
 
+/// R7's guard: a connection of HTTP/2 belongs to the service of its first request; a later one for another
+/// service, by a new name or by one that HPACK remembers, ends it before a byte reaches the wrong provider.
+#[test]
+fn http2_connection_that_asks_another_service_is_reset() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVERS[0]);
+    let weir = weir(&net);
+    let headers = |stream: u8, block: &[u8]| {
+        let len = u8::try_from(block.len()).unwrap();
+        [&[0, 0, len, 1, 5, 0, 0, 0, stream], block].concat()
+    };
+    let opening = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
+    // `:authority: one`, remembered, and `:path: /`; then the same by the table, with data between.
+    let first = headers(1, b"\x82\x84\x41\x03one");
+    let data = [&[0, 0x50, 0, 0, 0, 0, 0, 0, 1][..], &[7; 0x5000]].concat();
+    let again = headers(3, &[0x82, 0x84, 0xbe]);
+    let other = headers(5, b"\x82\x84\x01\x03two");
+    let good = [opening, first, data, again].concat();
+    let mut client = net.connect(Place::Node, OUTBOUND);
+    client.write_all(&good).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    let mut got = vec![0; good.len()];
+    server.read_exact(&mut got).unwrap();
+    assert!(got == good);
+    server.write_all(b"whatever").unwrap();
+    let mut back = [0; 8];
+    client.read_exact(&mut back).unwrap();
+    assert_eq!(&back, b"whatever");
+    client.write_all(&other).unwrap();
+    expect_reset(&mut client);
+    expect_reset(&mut server);
+    assert_eq!(requests(&weir, "other_service"), 1);
+    drop(server);
+    weir.end(&net);
+}
+
 /// Reads requests without a body, and answers with the server's name and the path.
 fn serve_http(listener: TcpListener, name: &'static str) {
     spawn(move || {
