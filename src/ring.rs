@@ -384,13 +384,16 @@ impl Ring {
     }
 
     fn push(&mut self, entry: Entry) {
-        if !self.reserve(1) {
+        // Not merely `reserve(1)`: what the entry points to is in `scratch` already, may have filled
+        // it, and a submit would clear it.
+        if self.io.submission().is_full() && !self.reserve(1) {
             return;
         }
         // SAFETY: every pointer in the entry leads to a buffer of ours (mapped for as long as the
-        // ring lives), to `scratch` (kept until the entry was submitted, and the kernel copies
-        // what it reads there while submitting: IORING_FEAT_SUBMIT_STABLE, checked in `setup`),
-        // to `dial` or `name`, which are boxed and dropped after the ring, or to a static.
+        // ring lives), to `scratch`, to `dial` or `name`, which are boxed and dropped after the
+        // ring, or to a static. What is in `scratch` stays until the entry was submitted, because
+        // whoever put it there had reserved a place in the queue, so that no submit came between;
+        // and the kernel copies it while submitting (IORING_FEAT_SUBMIT_STABLE, checked in `setup`).
         let pushed = unsafe { self.io.submission().push(&entry) };
         debug_assert!(pushed.is_ok(), "room was reserved");
     }

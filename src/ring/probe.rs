@@ -147,8 +147,10 @@ fn await_event(ring: &mut Ring, kind: Kind) -> Result<Event, RingError> {
     let mut batch = Batch::new();
     while began.elapsed() < ANSWER_WITHIN {
         ring.turn(Some(ANSWER_WITHIN), &mut batch)?;
-        if let Some(event) = batch.find(|event| event.token.kind() == Some(kind)) {
-            return Ok(event);
+        while let Some(event) = ring.next(&mut batch) {
+            if event.token.kind() == Some(kind) {
+                return Ok(event);
+            }
         }
     }
     let source = io::Error::from_raw_os_error(libc::ETIMEDOUT);

@@ -14,6 +14,7 @@ use crate::sys::socket;
 
 mod closing;
 mod refused;
+mod same_turn;
 mod splicing;
 
 /// A ring with a batch, and the words to await events.
@@ -45,7 +46,7 @@ impl Bench {
     fn any(&mut self, within: Duration) -> Option<Event> {
         let began = Instant::now();
         loop {
-            if let Some(event) = self.batch.next() {
+            if let Some(event) = self.ring.next(&mut self.batch) {
                 return Some(event);
             }
             let left = within.checked_sub(began.elapsed())?;
@@ -57,7 +58,7 @@ impl Bench {
     fn assert_silent(&mut self) {
         for _ in 0..8 {
             self.ring.turn(Some(Duration::from_millis(1)), &mut self.batch).unwrap();
-            assert_eq!(self.batch.next(), None);
+            assert_eq!(self.ring.next(&mut self.batch), None);
         }
     }
 
@@ -497,20 +498,6 @@ fn watch_hears_fin_and_a_reset_and_no_byte() {
     assert!(has_error(reset) && reset.more, "{reset:?}");
     bench.ring.cancel(watch);
     assert_eq!(result_of(bench.next(Kind::WatchDownstream)), (watch, -libc::ECANCELED, false));
-}
-
-#[test]
-fn cancel_of_what_ended_in_the_same_turn_is_not_repeated() {
-    let mut bench = Bench::open();
-    for generation in 0..3 {
-        let receive = token(Kind::ReceiveDownstream, 0, generation);
-        drop(bench.joined(0));
-        bench.ring.receive(receive, Side::Downstream, 100, Pool::Small);
-        assert_eq!(result_of(bench.next(Kind::ReceiveDownstream)), (receive, 0, false));
-        bench.ring.cancel(receive);
-        bench.assert_silent();
-        assert!(bench.ring.io.submission().is_empty(), "still asking");
-    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ impl Batch {
     pub fn new() -> Batch {
         Batch { events: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX), next: 0 }
     }
+
+    /// Nothing is left in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.next == self.events.len()
+    }
 }
 
 impl Default for Batch {
@@ -47,20 +53,10 @@ impl Default for Batch {
     }
 }
 
-impl Iterator for Batch {
-    type Item = Event;
-
-    fn next(&mut self) -> Option<Event> {
-        let event = self.events.get(self.next).copied();
-        self.next += usize::from(event.is_some());
-        event
-    }
-}
-
 impl Ring {
     /// Submits what was pushed, waits for an event or until `patience` is over, and fills `batch`
-    /// with at most `COMPLETIONS_PER_TURN_MAX` events. Always the same batch: what the last turn
-    /// brought in it is closed with this one.
+    /// with at most `COMPLETIONS_PER_TURN_MAX` events; `next` gives them out. Always the same batch:
+    /// what was left in it is dropped.
     ///
     /// # Errors
     ///
@@ -81,6 +77,17 @@ impl Ring {
         }
         self.reap(batch);
         Ok(())
+    }
+
+    /// The next event of `batch`. With the last event of a request its name is free again: whoever
+    /// reads on may cancel what ends later in the same batch, or ask for the same once more.
+    pub fn next(&mut self, batch: &mut Batch) -> Option<Event> {
+        let event = batch.events.get(batch.next).copied()?;
+        batch.next += 1;
+        if !event.more {
+            self.cancels.end(event.token);
+        }
+        Some(event)
     }
 
     /// Makes room for a chain of `entries`, which must not be torn apart by a submit. Without room
@@ -146,8 +153,6 @@ impl Ring {
         Ok(())
     }
 
-    /// `io_uring_enter`: submits everything, runs what the kernel has deferred to us, and waits
-    /// for `want` events or until `patience` is over.
     /// Hands over what waits in the submission queue, as the last thing before the ring closes.
     ///
     /// # Errors
@@ -157,6 +162,8 @@ impl Ring {
         self.enter(0, None)
     }
 
+    /// `io_uring_enter`: submits everything, runs what the kernel has deferred to us, and waits
+    /// for `want` events or until `patience` is over.
     pub(super) fn enter(&mut self, want: u32, patience: Option<Duration>) -> Result<(), RingError> {
         let pending = u32::try_from(self.io.submission().len()).unwrap_or(u32::MAX);
         let timespec = patience.filter(|_| want > 0).map(|patience| {
@@ -208,10 +215,8 @@ impl Ring {
     }
 
     fn reap(&mut self, batch: &mut Batch) {
-        // Only now: whoever read the last batch may have cancelled what ended in it.
-        for event in batch.events.drain(..).filter(|event| !event.more) {
-            self.cancels.end(event.token);
-        }
+        while self.next(batch).is_some() {}
+        batch.events.clear();
         batch.next = 0;
         while batch.events.len() < COMPLETIONS_PER_TURN_MAX {
             let Some(answer) = self.answers.pop() else { break };

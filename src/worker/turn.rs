@@ -85,7 +85,7 @@ impl Worker {
         let patience = self.patience();
         self.ring.turn(patience, &mut self.batch)?;
         self.clock.read();
-        while let Some(event) = self.batch.next() {
+        while let Some(event) = self.ring.next(&mut self.batch) {
             self.handle(event);
         }
         self.splice();
