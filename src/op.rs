@@ -369,7 +369,7 @@ pub enum Kind {
     ShutdownDownstream = 8,
     /// FIN to upstream.
     ShutdownUpstream = 9,
-    /// The mailbox rang.
+    /// A bell rang: the mailbox's (`flow` 0) or sockmap's (`flow` 1).
     Mailbox = 10,
     /// A descriptor of the downstream socket.
     InstallDownstream = 11,
@@ -389,6 +389,8 @@ pub enum Kind {
     WatchDownstream = 18,
     /// The watch over the upstream socket.
     WatchUpstream = 19,
+    /// How long ago something was last sent on one of the flow's sockets.
+    LastSent = 20,
 }
 
 impl Kind {
@@ -450,6 +452,7 @@ impl Kind {
             17 => Kind::Peek,
             18 => Kind::WatchDownstream,
             19 => Kind::WatchUpstream,
+            20 => Kind::LastSent,
             _ => return None,
         })
     }

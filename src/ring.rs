@@ -107,8 +107,9 @@ impl Ring {
         self.enters
     }
 
-    /// Turns that found the completion queue full. Nothing is lost then, the kernel keeps what had
-    /// no room; but it is slow: a larger `ring.completions` is wanted.
+    /// Turns that found the completion queue full. The kernel keeps what had no room, so nothing is
+    /// lost; but it is slow, and requests for many events end, to be armed again: a larger
+    /// `ring.completions` is wanted.
     #[must_use]
     pub const fn overflows(&self) -> u64 {
         self.overflows
@@ -196,6 +197,15 @@ impl Ring {
         debug_assert!(token.kind() == Some(Kind::of(Request::Shutdown(side))));
         let fd = self.socket(token.flow(), side);
         let lend = opcode::FixedFdInstall::new(fd, 0).build();
+        self.push(lend.user_data(token.raw() | DESCRIPTOR));
+    }
+
+    /// Says how many milliseconds ago the kernel last sent bytes on the socket, for the first time or
+    /// again. Needs `descriptor_install`: the ring's own getsockopt knows no option of TCP
+    /// (`io_uring_cmd_getsockopt` in io_uring/cmd_net.c).
+    pub fn ask_last_sent(&mut self, token: Token, side: Side) {
+        debug_assert!(token.kind() == Some(Kind::LastSent));
+        let lend = opcode::FixedFdInstall::new(self.socket(token.flow(), side), 0).build();
         self.push(lend.user_data(token.raw() | DESCRIPTOR));
     }
 

@@ -37,8 +37,9 @@ use mailbox::{Letter, Mailbox};
 use peek::Peeking;
 use slab::Slab;
 use sockmap::Forwarded;
+use timers::TimerTicks;
 use trial::Trial;
-use turn::{TimerTicks, Worker};
+use turn::Worker;
 use wheel::{Clock, Wheel};
 
 mod accept;
@@ -56,6 +57,7 @@ mod sockmap;
 #[cfg(test)]
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;
+mod timers;
 mod trial;
 mod turn;
 mod wheel;

@@ -239,7 +239,9 @@ impl Ring {
                 }
                 continue;
             }
-            if mark == DESCRIPTOR {
+            if mark == DESCRIPTOR && event.token.kind() == Some(Kind::LastSent) {
+                event.result = last_sent(event.result);
+            } else if mark == DESCRIPTOR {
                 if matches!(-event.result, libc::EMFILE | libc::ENFILE) {
                     self.again.push(Again::Shutdown(event.token));
                     continue;
@@ -289,6 +291,18 @@ fn shut_down(lent: i32) -> i32 {
         .map_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO), |()| 0)
 }
 
+/// Looks through the descriptor that the kernel has lent for the slot, and gives it back.
+fn last_sent(lent: i32) -> i32 {
+    if lent < 0 {
+        return lent;
+    }
+    let lent = socket::accepted(lent);
+    socket::last_sent_ms(lent.as_fd()).map_or_else(
+        |error| -error.raw_os_error().unwrap_or(libc::EIO),
+        |ago| i32::try_from(ago).unwrap_or(i32::MAX),
+    )
+}
+
 /// A descriptor was lent to stay, or not.
 fn installed(pipes: &mut Pipes, event: Event) -> i32 {
     if event.result < 0 {
@@ -309,7 +323,7 @@ impl std::fmt::Debug for Ring {
 pub(super) const COMPLETIONS_PER_TURN_MAX: usize = 256;
 /// Marks the token of a cancel's own request, above the kinds.
 pub(super) const CANCEL: u64 = 1 << 62;
-/// Marks the token of a FIN for which a descriptor was asked.
+/// Marks the token of what a descriptor was asked for: a FIN, or a look at the socket.
 pub(super) const DESCRIPTOR: u64 = 1 << 63;
 const MARKS: u64 = CANCEL | DESCRIPTOR;
 /// `IORING_ENTER_GETEVENTS`: also runs what the kernel has deferred to this thread.

@@ -183,13 +183,28 @@ pub fn original_dst(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
 ///
 /// Not for a TCP socket.
 pub fn waiting(listener: BorrowedFd<'_>) -> io::Result<u32> {
+    tcp_info(listener, std::mem::offset_of!(libc::tcp_info, tcpi_unacked))
+}
+
+/// Milliseconds since bytes were last sent, for the first time or again; probes of a window that is
+/// shut do not count (`tcp_event_data_sent` in net/ipv4/tcp_output.c).
+///
+/// # Errors
+///
+/// Not for a TCP socket.
+pub fn last_sent_ms(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    tcp_info(fd, std::mem::offset_of!(libc::tcp_info, tcpi_last_data_sent))
+}
+
+/// The number at `offset` of a `tcp_info`.
+fn tcp_info(fd: BorrowedFd<'_>, offset: usize) -> io::Result<u32> {
     let mut info = [0u32; TCP_INFO_WORDS];
     let mut bytes = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
-    // SAFETY: `listener` is borrowed, so open for the call; the kernel writes at most `bytes` bytes, the
+    // SAFETY: `fd` is borrowed, so open for the call; the kernel writes at most `bytes` bytes, the
     // size of `info`, and keeps no pointer; every bit pattern is a number.
     let result = unsafe {
         libc::getsockopt(
-            listener.as_raw_fd(),
+            fd.as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
             info.as_mut_ptr().cast(),
@@ -199,8 +214,7 @@ pub fn waiting(listener: BorrowedFd<'_>) -> io::Result<u32> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    let index = std::mem::offset_of!(libc::tcp_info, tcpi_unacked) / size_of::<u32>();
-    Ok(info.get(index).copied().unwrap_or(0))
+    Ok(info.get(offset / size_of::<u32>()).copied().unwrap_or(0))
 }
 
 /// Whether dialling `ip` would reach this host: an address can be bound only where it is local
@@ -355,7 +369,7 @@ const NO_IPV6: &str = " (is IPv6 switched off here? listen on an IPv4 address)";
 const NEEDS_NET_ADMIN: &str = " (needs CAP_NET_ADMIN)";
 
 /// The first numbers of a `tcp_info`; the kernel tells as many as there is room for.
-const TCP_INFO_WORDS: usize = 8;
+const TCP_INFO_WORDS: usize = 12;
 
 #[cfg(test)]
 mod tests {

@@ -6,9 +6,10 @@
 use std::os::fd::AsFd;
 
 use super::accept::State;
-use super::turn::{TimerTicks, Worker};
+use super::timers::TimerTicks;
+use super::turn::Worker;
 use super::{Alteration, Change, Listener};
-use crate::op::{FlowId, Timer};
+use crate::op::FlowId;
 use crate::profile::Timeouts;
 
 impl Worker {
@@ -57,15 +58,8 @@ impl Worker {
         self.ticks = TimerTicks::new(timeouts);
         self.exchanging.retime(&self.setup.profile, timeouts);
         for slot in (0..self.slab.slots()).map(FlowId::new) {
-            let Some(entry) = self.slab.entry(slot).filter(|entry| entry.flow.is_some()) else {
-                continue;
-            };
-            let Some(timer) = entry.times.timer else { continue };
-            let since =
-                if timer == Timer::Connect { entry.times.opened } else { entry.times.active };
-            match self.ticks.of(timer) {
-                Some(ticks) => self.wheel.set(slot.slot(), since.wrapping_add(ticks)),
-                None => self.wheel.clear(slot.slot()),
+            if let Some(entry) = self.slab.entry(slot).filter(|entry| entry.flow.is_some()) {
+                self.ticks.set(&mut self.wheel, slot, &mut entry.times);
             }
         }
     }

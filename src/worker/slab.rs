@@ -65,6 +65,8 @@ pub(super) struct Peers {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) active: u32,
+    /// `active` as it was when the kernel was asked for more.
+    pub(super) asked: Option<u32>,
     /// Since when it has had a deaf side (`Flow::is_deaf`).
     pub(super) deaf_since: Option<u32>,
     /// The timer of its slot also stands for a look at that.
@@ -198,7 +200,7 @@ impl Slab {
 
 impl Times {
     const UNSET: Times =
-        Times { active: 0, deaf_since: None, look_due: false, opened: 0, timer: None };
+        Times { active: 0, asked: None, deaf_since: None, look_due: false, opened: 0, timer: None };
 }
 
 impl Entry {

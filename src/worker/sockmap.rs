@@ -39,6 +39,8 @@ struct Joint {
     pair: Pair,
     /// Bytes that the flow knows of, by the side they came from.
     said_bytes: [u64; 2],
+    /// That the kernel has stopped by itself is said once: it is no sign of life.
+    said_stopped: [bool; 2],
     slot: FlowId,
 }
 
@@ -99,7 +101,8 @@ impl Forwarded {
         }
         if let Some(place) = self.joints.get_mut(index as usize) {
             self.pairs_used = self.pairs_used.max(index + 1);
-            *place = Some(Joint { drained: [false; 2], pair, said_bytes: [0; 2], slot });
+            let (drained, said_bytes, said_stopped) = ([false; 2], [0; 2], [false; 2]);
+            *place = Some(Joint { drained, pair, said_bytes, said_stopped, slot });
         }
         Ok(joined)
     }
@@ -131,19 +134,14 @@ impl Forwarded {
         let bytes = progress.forwarded - *said;
         *said = progress.forwarded;
         let stopped = progress.pass.filter(|pass| *pass != Pass::Asked).map(|_| Fall::Backlog);
+        let said_stopped = joint.said_stopped.get_mut(from as usize)?;
+        let stopped = stopped.filter(|_| !std::mem::replace(said_stopped, true));
         let is_news = bytes > 0 || stopped.is_some();
         is_news.then_some(Completion::Forwarded { bytes, from, stopped })
     }
 }
 
 impl Worker {
-    /// Begins to hear from the kernel.
-    pub(super) fn arm_sockmap(&mut self) {
-        if let Some(forwarded) = &self.forwarded {
-            self.ring.arm_mailbox(BELL, forwarded.sockmap.bell());
-        }
-    }
-
     /// The kernel's part of a turn.
     pub(super) fn forward(&mut self) {
         if self.forwarded.is_none() {
@@ -195,8 +193,12 @@ impl Worker {
         }
     }
 
-    /// Tells a flow what the kernel has moved for it.
+    /// Tells a flow what the kernel has moved for it. One that is on its way out would not listen:
+    /// `release_pair` counts what it has not heard of.
     pub(super) fn look_at(&mut self, slot: FlowId, from: Side) {
+        if self.slab.entry(slot).is_none_or(|entry| entry.times.timer.is_none()) {
+            return;
+        }
         let news = self.forwarded.as_mut().and_then(|forwarded| forwarded.news(slot, from));
         if let Some(news) = news {
             self.step(slot, news);
@@ -240,8 +242,8 @@ impl Worker {
     }
 }
 
-/// Wakes the worker, which then asks the kernel what it has to say.
-const BELL: Token = Token::new(Kind::Mailbox, FlowId::new(1), 0);
+/// Rings the worker, which then asks the kernel what it has to say.
+pub(super) const BELL: Token = Token::new(Kind::Mailbox, FlowId::new(1), 0);
 /// How often bytes are counted and flows found to be alive. Late by as much, `weir flows` asks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A backlog waits for a kernel thread, not for a peer: it is empty within a millisecond or so.

@@ -14,6 +14,8 @@ use crate::profile;
 use crate::service::{Directory, Endpoint, Manner};
 use crate::sys::socket::ListenOptions;
 
+mod stalls;
+
 /// A worker that forwards to `endpoints`; drained and joined by `end`.
 struct Forwarder {
     addr: SocketAddr,
@@ -34,26 +36,15 @@ impl Forwarder {
         let manner = Manner::of(Balance::RoundRobin);
         let id = services.set("test", manner, endpoints, Instant::now());
         let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
-        let handle = spawn(Setup {
-            cpu: None,
-            home: Arc::default(),
-            index: 0,
-            listeners: vec![Listener {
-                fd,
-                name: "test".into(),
-                place: Arc::default(),
-                proxy_protocol: ProxyProtocol::Off,
-                route,
-                workload: Arc::default(),
-            }],
-            marks: None,
-            profile: Arc::new(profile),
-            services: Update::new(services.table(), None),
-            share,
-            sockmap: None,
-            source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
-        })
-        .unwrap();
+        let listener = Listener {
+            fd,
+            name: "test".into(),
+            place: Arc::default(),
+            proxy_protocol: ProxyProtocol::Off,
+            route,
+            workload: Arc::default(),
+        };
+        let handle = spawn(setup(vec![listener], profile, share, &services)).unwrap();
         Forwarder { addr, handle, services }
     }
 
@@ -91,6 +82,21 @@ impl Forwarder {
 }
 
 use crate::op::CloseReason;
+
+fn setup(listeners: Vec<Listener>, profile: Profile, share: Share, services: &Directory) -> Setup {
+    Setup {
+        cpu: None,
+        home: Arc::default(),
+        index: 0,
+        listeners,
+        marks: None,
+        profile: Arc::new(profile),
+        services: Update::new(services.table(), None),
+        share,
+        sockmap: None,
+        source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
+    }
+}
 
 fn small_profile() -> Profile {
     let base = Profile::default();

@@ -13,8 +13,9 @@ use super::breaker::Breaker;
 use super::exchanging::Exchanging;
 use super::mailbox::{Letter, Mailbox};
 use super::peek::Peeking;
-use super::slab::{Entry, Peers, Slab, Times};
-use super::sockmap::Forwarded;
+use super::slab::{Peers, Slab};
+use super::sockmap::{self, Forwarded};
+use super::timers::TimerTicks;
 use super::trial::Trial;
 use super::wheel::{Clock, Wheel};
 use super::{FlowRow, Setup};
@@ -22,9 +23,8 @@ use crate::flow::{Flow, Ops, Rules, Segments};
 use crate::metrics::Counters;
 use crate::op::{
     CloseReason, Completion, Errno, FlowId, Kind, Op, Pool, Readiness, Relay, Request, Segment,
-    Side, Timer, Token,
+    Side, Token,
 };
-use crate::profile::Timeouts;
 use crate::ring::{Batch, Event, Ring, RingError, Spliced};
 use crate::service::Picker;
 
@@ -58,21 +58,11 @@ pub(super) struct Worker {
     pub(super) wheel: Wheel,
 }
 
-/// The profile's timeouts in ticks; `None` for never.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct TimerTicks {
-    connect: u32,
-    /// How long a flow may have a deaf side before it is watched.
-    deaf: u32,
-    half_closed: u32,
-    idle: Option<u32>,
-}
-
 impl Worker {
     /// Turns until drained.
     pub(super) fn run(&mut self) -> Result<(), RingError> {
-        self.ring.arm_mailbox(MAILBOX, self.mailbox.bell());
-        self.arm_sockmap();
+        self.arm_bell(MAILBOX);
+        self.arm_bell(sockmap::BELL);
         self.arm_listeners();
         while !self.is_drained() {
             self.turn()?;
@@ -94,7 +84,7 @@ impl Worker {
             self.rules.splice = trial.judge(self.clock.elapsed(), || self.counters.bytes());
         }
         self.return_buffers();
-        self.feed_starved();
+        self.share_buffers();
         self.expire();
         self.read_mail();
         self.watch_loops();
@@ -116,12 +106,25 @@ impl Worker {
         [ticks, forwarded, looping].into_iter().flatten().min()
     }
 
-    fn handle(&mut self, event: Event) {
+    /// Begins to hear one of the bells, or goes on with it.
+    fn arm_bell(&mut self, bell: Token) {
+        if bell == MAILBOX {
+            self.ring.arm_mailbox(bell, self.mailbox.bell());
+        } else if let Some(forwarded) = &self.forwarded {
+            self.ring.arm_mailbox(bell, forwarded.sockmap.bell());
+        }
+    }
+
+    pub(super) fn handle(&mut self, event: Event) {
         self.counters.ring_completions.add(1);
         let flow = event.token.flow();
         match event.token.kind() {
             Some(Kind::Accept) => self.accepted(flow.index(), event),
             Some(Kind::Peek) => self.heard(event),
+            Some(Kind::LastSent) => self.told_last_sent(event),
+            // Where the completion queue was full it has ended (`io_poll_check_events` in
+            // io_uring/poll.c).
+            Some(Kind::Mailbox) if !event.more => self.arm_bell(event.token),
             Some(Kind::Mailbox | Kind::Quiet) | None => {}
             Some(kind) => {
                 let generation = event.token.generation();
@@ -272,25 +275,11 @@ impl Worker {
             return self.listening.flow_ended(&peers);
         }
         let (now, times) = (self.clock.now(), &mut entry.times);
-        let timer = flow.timer();
-        if timer != times.timer {
-            times.timer = timer;
-            times.look_due = false;
-            match timer.and_then(|timer| self.ticks.of(timer)) {
-                Some(ticks) => self.wheel.set(slot.slot(), now.wrapping_add(ticks)),
-                None => self.wheel.clear(slot.slot()),
-            }
-        }
-        if !flow.is_deaf() {
-            times.deaf_since = None;
-        } else if times.deaf_since.is_none() {
-            times.deaf_since = Some(now);
-            if !times.look_due {
-                times.look_due = true;
-                let look = now.wrapping_add(self.ticks.deaf);
-                let timer = self.ticks.deadline(times);
-                self.wheel.set(slot.slot(), timer.map_or(look, |timer| earlier(timer, look)));
-            }
+        let is_other = flow.timer() != times.timer;
+        times.timer = flow.timer();
+        times.deaf_since = flow.is_deaf().then(|| times.deaf_since.unwrap_or(now));
+        if is_other || (times.deaf_since.is_some() && !times.look_due) {
+            self.ticks.set(&mut self.wheel, slot, times);
         }
     }
 
@@ -301,13 +290,13 @@ impl Worker {
         }
     }
 
-    /// Lets waiting directions receive again once an eighth of the small pool is back.
-    fn feed_starved(&mut self) {
+    /// Says how many buffers a direction may hold now, and lets those that wait for one receive
+    /// again, as many as can have one.
+    fn share_buffers(&mut self) {
         let free = self.ring.free(Pool::Small);
-        if self.starved.is_empty() || free < self.setup.profile.buffers.small_count.div_ceil(8) {
-            return;
-        }
-        for _ in 0..free.div_ceil(2) {
+        let (buffers, relay) = (&self.setup.profile.buffers, &self.setup.profile.relay);
+        self.rules.segments_max = segments_max(relay.segments_max, buffers.small_count, free);
+        for _ in 0..free {
             let Some((slot, side)) = self.starved.pop_front() else { return };
             let Some(entry) = self.slab.entry(slot) else { continue };
             entry.leave_buffer_queue(side);
@@ -316,37 +305,6 @@ impl Worker {
                 self.step(slot, Completion::BuffersFree(side));
             } else if let Some(head) = self.slab.head_of(slot, generation) {
                 self.step_exchange(head, slot, Completion::BuffersFree(side));
-            }
-        }
-    }
-
-    /// Timers are set once and looked at when they run out: a flow that moved bytes since gets
-    /// the rest of its time, and so does one that was not deaf all the while.
-    fn expire(&mut self) {
-        let now = self.clock.now();
-        let is_over = |deadline: u32| deadline.wrapping_sub(now).cast_signed() <= 0;
-        while let Some(slot) = self.wheel.expired(now) {
-            let slot = FlowId::new(slot);
-            if self.is_given_up(slot) || self.is_alarmed(slot) {
-                continue;
-            }
-            // The kernel may have moved bytes that nobody has heard of.
-            Side::BOTH.into_iter().for_each(|from| self.look_at(slot, from));
-            let Some(Entry { flow: Some(_), times, .. }) = self.slab.entry(slot) else { continue };
-            let deadline = self.ticks.deadline(times);
-            if let Some(timer) = times.timer.filter(|_| deadline.is_some_and(is_over)) {
-                self.step(slot, Completion::Expired(timer));
-                continue;
-            }
-            let look = times.deaf_since.map(|since| since.wrapping_add(self.ticks.deaf));
-            let is_deaf = look.is_some_and(is_over);
-            let look = look.filter(|_| !is_deaf);
-            times.look_due = look.is_some();
-            if let Some(next) = [deadline, look].into_iter().flatten().reduce(earlier) {
-                self.wheel.set(slot.slot(), next);
-            }
-            if is_deaf {
-                self.step(slot, Completion::Deaf);
             }
         }
     }
@@ -422,32 +380,6 @@ impl Worker {
     }
 }
 
-impl TimerTicks {
-    pub(super) fn new(timeouts: &Timeouts) -> TimerTicks {
-        TimerTicks {
-            connect: Clock::ticks(timeouts.connect),
-            deaf: Clock::ticks(DEAF_MAX),
-            half_closed: Clock::ticks(timeouts.half_closed),
-            idle: (!timeouts.idle.is_zero()).then(|| Clock::ticks(timeouts.idle)),
-        }
-    }
-
-    pub(super) const fn of(self, timer: Timer) -> Option<u32> {
-        match timer {
-            Timer::Connect => Some(self.connect),
-            Timer::HalfClosed => Some(self.half_closed),
-            Timer::Idle => self.idle,
-        }
-    }
-
-    /// When the flow's timer runs out; `None` for never.
-    fn deadline(self, times: &Times) -> Option<u32> {
-        let timer = times.timer?;
-        let since = if timer == Timer::Connect { times.opened } else { times.active };
-        Some(since.wrapping_add(self.of(timer)?))
-    }
-}
-
 /// What the ring's event means to the flow. A receive whose buffer comes empty gives it back.
 fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Completion> {
     let Event { result, buffer, more, .. } = event;
@@ -481,13 +413,16 @@ fn completion(kind: Kind, event: Event, segments: &mut Segments) -> Option<Compl
             let is_broken = count.is_ok_and(|events| events & POLLERR != 0);
             Completion::Stirred { is_broken, more, side }
         }
-        Kind::Accept | Kind::Mailbox | Kind::Peek | Kind::Quiet => return None,
+        Kind::Accept | Kind::LastSent | Kind::Mailbox | Kind::Peek | Kind::Quiet => return None,
     })
 }
 
-/// Of two ticks that are not far apart.
-const fn earlier(one: u32, other: u32) -> u32 {
-    if one.wrapping_sub(other).cast_signed() < 0 { one } else { other }
+/// Buffers that one direction may hold while so many are free: the fewer, the fewer still, so that
+/// readers that have stalled cannot take all of them. A hundred leave a fifth to the others.
+fn segments_max(most: u16, count: u16, free: u16) -> u16 {
+    let (count, free) = (u64::from(count.max(1)), u64::from(free.min(count)));
+    let most = u64::from(most).min(count / 16);
+    u16::try_from(most * free * free / (count * count)).unwrap_or(u16::MAX).max(2)
 }
 
 /// As the kernel says it: a count, or a negated errno.
@@ -497,8 +432,26 @@ fn count(result: i32) -> Result<u32, Errno> {
 
 /// In the events of a watch (poll(2)). A hang-up alone does not tell: FIN both ways looks alike.
 const POLLERR: u32 = 8;
-/// A reset of a stalled flow is passed on that late; long enough for no busy flow to be watched.
-const DEAF_MAX: Duration = Duration::from_millis(250);
+/// Wakes the worker, which then reads its mail.
 const MAILBOX: Token = Token::new(Kind::Mailbox, FlowId::new(0), 0);
 /// Each moves up to a pipe's worth: together a few milliseconds at most.
 const STEPS_PER_TURN_MAX: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stalled_readers_leave_buffers_to_others() {
+        let (most, count) = (64, 2048);
+        let left = |stalled| {
+            (0..stalled).fold(count, |free, _| free - segments_max(most, count, free).min(free))
+        };
+        assert_eq!(segments_max(most, count, count), most);
+        assert!(left(100) > count / 5, "{}", left(100));
+        assert!(left(200) > count / 10, "{}", left(200));
+        assert_eq!(segments_max(most, count, 0), 2);
+        assert_eq!(segments_max(most, 64, 64), 4);
+        assert_eq!(segments_max(most, 2, 2), 2);
+    }
+}

@@ -82,8 +82,12 @@ impl Wheel {
         }
     }
 
-    /// Sets the timer of `slot` to run out at `deadline`; replaces the one that was set.
+    /// Sets the timer of `slot` to run out at `deadline`; replaces the one that was set. One that lies
+    /// in the past runs out at the next look: its own bucket would be looked at a turn later.
     pub(super) fn set(&mut self, slot: u32, deadline: u32) {
+        let next = self.looked_at.wrapping_add(1);
+        let is_late = deadline.wrapping_sub(next).cast_signed() < 0;
+        let deadline = if is_late { next } else { deadline };
         self.clear(slot);
         while self.links.len() <= slot as usize {
             self.links.push(Link::UNSET);
@@ -211,6 +215,15 @@ mod tests {
         assert_eq!(drain(&mut wheel, 9 + TURN), Vec::<u32>::new());
         assert_eq!(drain(&mut wheel, 10 + TURN), [5]);
         assert_eq!(wheel.next(2000), None);
+    }
+
+    #[test]
+    fn set_in_the_past_it_runs_out_at_the_next_tick() {
+        let mut wheel = Wheel::new(8);
+        assert_eq!(drain(&mut wheel, 500), Vec::<u32>::new());
+        wheel.set(3, 100);
+        assert_eq!(wheel.next(500), Some(1));
+        assert_eq!(drain(&mut wheel, 501), [3]);
     }
 
     #[test]

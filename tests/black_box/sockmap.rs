@@ -192,6 +192,20 @@ fn stalled_reader_stops_the_writer_although_the_kernel_forwards() {
     rig.end();
 }
 
+/// SM6, RL6: that the kernel has once left a direction to user space is no sign of life for ever.
+#[test]
+fn flow_that_the_kernel_has_left_to_user_space_becomes_idle() {
+    let rig = Rig::with(&format!("{NAMED}timeouts: {{ idle_ms: 2000 }}\n"));
+    let (mut client, server) = rig.joined();
+    client.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    while client.write(&[7; 65536]).is_ok() {}
+    let labels = ["from=\"sockmap\"", "to=\"copy\"", "reason=\"backlog\""];
+    assert_eq!(rig.weir.metric("weir_fallback_total", &labels), 1);
+    until("the flow is idle", || rig.weir.closed("idle_timeout") == 1);
+    drop((client, server));
+    rig.end();
+}
+
 /// Counts what was taken.
 struct Counted<'a>(&'a TcpStream, &'a AtomicU64);
 
