@@ -39,7 +39,7 @@ pub struct Sockmap {
     directions: Directions,
     events: RingBuf<MapData>,
     /// Numbers of pairs, the longest unused first: a verdict that still runs for a socket that was
-    /// just closed must not find its number in new hands.
+    /// just closed must not find its number in new hands. There are always some that rest.
     free: VecDeque<u32>,
     places: HashMap<MapData, u64, u32>,
     sources: SockMap<MapData>,
@@ -124,7 +124,7 @@ impl Sockmap {
         if let Some(Denial { release, reason }) = denied() {
             return Err(SockmapError::Denied { release, reason });
         }
-        let places_max = pairs_max.clamp(1, PAIRS_MAX) * 2;
+        let places_max = (pairs_max.clamp(1, PAIRS_MAX) + RESTING) * 2;
         let mut loader = EbpfLoader::new();
         loader.override_global("weir_credit_bytes", &credit_bytes, true);
         for map in ["directions", "places", "sources", "targets"] {
@@ -166,6 +166,9 @@ impl Sockmap {
         upstream: BorrowedFd<'_>,
     ) -> Result<Pair, Refused> {
         let sockets = [downstream, upstream];
+        if self.room() == 0 {
+            return Err(Refused::Full);
+        }
         let index = self.free.pop_front().ok_or(Refused::Full)?;
         let mut pair = Pair { cookies: [0; 2], index, reads: [false; 2] };
         if self.insert(&mut pair, sockets).is_err() {
@@ -258,15 +261,27 @@ impl Sockmap {
         self.forget(pair);
     }
 
+    /// Numbers that a pair may have: below this.
+    #[must_use]
+    pub fn numbers(&self) -> u32 {
+        self.directions.places() / 2
+    }
+
+    /// No pair is joined.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.free.len() == self.numbers() as usize
+    }
+
     /// Pairs for which there is room.
     #[must_use]
     pub fn room(&self) -> u32 {
-        u32::try_from(self.free.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.free.len()).unwrap_or(u32::MAX).saturating_sub(RESTING)
     }
 }
 
 impl Pair {
-    /// Below the number of pairs that were asked for.
+    /// Below `Sockmap::numbers`.
     #[must_use]
     pub const fn index(&self) -> u32 {
         self.index
@@ -335,5 +350,8 @@ const BACKLOG: &str = "weir_backlog";
 const BACKLOG_UNKNOWN: u32 = u32::MAX;
 /// The least that the kernel takes for a packet is an Ethernet header.
 const PACKET_BYTES: usize = 64;
+/// Numbers that nobody has, so that each rests for so many pairs before the next one has it: more
+/// than a worker ends in one turn.
+const RESTING: u32 = 512;
 /// Keeps places within 32 bits.
 const PAIRS_MAX: u32 = 1 << 24;

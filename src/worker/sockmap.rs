@@ -50,7 +50,7 @@ impl Forwarded {
         Forwarded {
             answers: VecDeque::with_capacity(flows_max as usize),
             draining: Vec::with_capacity(room * 2),
-            joints: (0..sockmap.room()).map(|_| None).collect(),
+            joints: (0..sockmap.numbers()).map(|_| None).collect(),
             look_at: 0,
             pairs: vec![NONE; flows_max as usize],
             pairs_used: 0,
@@ -63,7 +63,7 @@ impl Forwarded {
         if !self.draining.is_empty() {
             return Some(DRAIN_LOOK_EVERY);
         }
-        let is_any = self.sockmap.room() < u32::try_from(self.joints.len()).unwrap_or(u32::MAX);
+        let is_any = !self.sockmap.is_empty();
         is_any.then(|| Clock::span(self.look_at.saturating_sub(now).max(1)))
     }
 

@@ -192,7 +192,7 @@ fn stalled_reader_stops_the_writer_although_the_kernel_forwards() {
     rig.end();
 }
 
-/// SM6, RL6: that the kernel has once left a direction to user space is no sign of life for ever.
+/// SM6, RL10: that the kernel has once left a direction to user space is no sign of life for ever.
 #[test]
 fn flow_that_the_kernel_has_left_to_user_space_becomes_idle() {
     let rig = Rig::with(&format!("{NAMED}timeouts: {{ idle_ms: 2000 }}\n"));

@@ -92,6 +92,10 @@ impl Directions {
         }
     }
 
+    pub(super) const fn places(&self) -> u32 {
+        self.count
+    }
+
     /// The program only ever sets it, too: whoever is last is as right as whoever is first.
     pub(super) fn pass(&self, place: u32) {
         let passes = &self.at(place).passes;

@@ -105,6 +105,24 @@ fn socket_with_a_fin_is_refused_and_its_bytes_stay_readable() {
     assert_eq!(read(&mut upstream, 6), b"answer");
 }
 
+/// SM11: a verdict that still runs for a pair that is gone finds its number in nobody's hands.
+#[test]
+fn number_of_a_pair_rests_although_no_other_is_free() {
+    let Some(mut sockmap) = sockmap() else { return };
+    let ends = [connected(), connected(), connected(), connected()];
+    let mut join = |one: usize| sockmap.join(ends[one][0].as_fd(), ends[one + 1][0].as_fd());
+    let (first, second) = (join(0).unwrap(), join(2).unwrap());
+    let used = [first.index(), second.index()];
+    sockmap.forget(first);
+    let ends = [connected(), connected()];
+    let third = sockmap.join(ends[0][0].as_fd(), ends[1][0].as_fd()).unwrap();
+    assert!(!used.contains(&third.index()), "{used:?}, {}", third.index());
+    assert_eq!(sockmap.room(), 0);
+    drop(ends);
+    sockmap.forget(second);
+    sockmap.forget(third);
+}
+
 /// SM11: no room is an answer, and room comes back.
 #[test]
 fn full_table_refuses_until_a_pair_is_forgotten() {
