@@ -18,11 +18,12 @@ pub(super) struct Cancels {
 
 impl Cancels {
     pub(super) fn new(flows_max: u32) -> Cancels {
-        Cancels { words: vec![0; (flows_max + LISTENERS_MAX) as usize], flows_max, open: 0 }
+        Cancels { words: vec![0; (flows_max + LISTENERS_FIRST) as usize], flows_max, open: 0 }
     }
 
     /// A cancel of `target` is wanted; false if one is under way already.
     pub(super) fn begin(&mut self, target: Token) -> bool {
+        self.make_room(target);
         let Some((word, bit)) = self.place(target) else { return true };
         let is_new = !is_open(*word, bit, target);
         let same_life = generation(*word) == target.generation();
@@ -50,6 +51,14 @@ impl Cancels {
         self.place(target).is_some_and(|(word, bit)| is_open(*word, bit, target))
     }
 
+    /// A reload may bring more listeners than there were.
+    fn make_room(&mut self, target: Token) {
+        let words = (self.flows_max + target.flow().slot()) as usize + 1;
+        if target.kind() == Some(Kind::Accept) && self.words.len() < words {
+            self.words.resize(words, 0);
+        }
+    }
+
     fn place(&mut self, target: Token) -> Option<(&mut u64, u64)> {
         let kind = target.kind()?;
         let number = target.flow().slot();
@@ -67,8 +76,8 @@ const fn generation(word: u64) -> u32 {
 }
 
 const KINDS: u64 = 0xffff_ffff;
-/// Listeners of one worker whose accepts can be cancelled with care.
-const LISTENERS_MAX: u32 = 64;
+/// Listeners of one worker for which there is room at first.
+const LISTENERS_FIRST: u32 = 64;
 
 #[cfg(test)]
 mod tests {
@@ -92,6 +101,9 @@ mod tests {
         cancels.end(token(Kind::ReceiveUpstream, 7));
         cancels.end(token(Kind::Accept, 0));
         assert_eq!(cancels.open, 0);
-        assert!(cancels.begin(Token::new(Kind::Connect, FlowId::new(1000), 0)));
+        let accept = Token::new(Kind::Accept, FlowId::new(1000), 0);
+        assert!(cancels.begin(accept) && cancels.is_open(accept));
+        cancels.end(accept);
+        assert!(!cancels.is_open(accept));
     }
 }

@@ -246,11 +246,12 @@ impl Worker {
 
     /// A plain listener's connection: the kernel has put it into `slot` already.
     fn serve_slot(&mut self, slot: FlowId, listener: u16) {
-        if self.listening.comes_round(listener) {
-            self.count_denied(Denied::Looped);
+        if let Some(denied) = self.listening.denies(listener) {
+            self.count_denied(denied);
             return self.ring.close(slot, Side::Downstream, true);
         }
-        let Destination { endpoint, service, upstream, .. } = match self.service_of(listener, 0) {
+        let key = self.key_in(slot, listener);
+        let Destination { endpoint, service, upstream, .. } = match self.service_of(listener, key) {
             Ok(destination) => destination,
             Err(denied) => {
                 self.count_denied(denied);
@@ -282,8 +283,8 @@ impl Worker {
         if !self.has_room() {
             return self.listening.parked.push_back((listener, fd));
         }
-        if self.listening.comes_round(listener) {
-            return self.deny(Denied::Looped, &fd);
+        if let Some(denied) = self.listening.denies(listener) {
+            return self.deny(denied, &fd);
         }
         let Ok(downstream) = socket::peer_name(fd.as_fd()).map(Downstream::new) else {
             return; // It was reset while it waited: nobody is left to answer.
@@ -468,10 +469,23 @@ impl Listening {
         self.into == AcceptInto::Descriptors
     }
 
-    /// Counts a connection; true if it has gone round in a loop.
-    fn comes_round(&mut self, listener: u16) -> bool {
-        let state = self.states.get_mut(usize::from(listener));
-        state.is_some_and(|state| state.loops.arrives())
+    /// Counts a connection, and says why it cannot be served: it has gone round in a loop, or came
+    /// for a workload that is gone.
+    fn denies(&mut self, listener: u16) -> Option<Denied> {
+        let state = self.states.get_mut(usize::from(listener))?;
+        if state.fate == Fate::Closes {
+            return Some(Denied::Namespace);
+        }
+        state.loops.arrives().then_some(Denied::Looped)
+    }
+
+    /// A listener that is over, and of which nobody knows any more.
+    pub(super) fn vacant(&mut self) -> Option<&mut State> {
+        let parked = &self.parked;
+        let is_known = |index| parked.iter().any(|(listener, _)| usize::from(*listener) == index);
+        let mut states = self.states.iter_mut().enumerate();
+        let vacant = states.find(|(index, state)| state.is_vacant() && !is_known(*index));
+        vacant.map(|(_, state)| state)
     }
 
     /// How long no listener needs to be looked at for a loop.
@@ -522,7 +536,7 @@ impl State {
     }
 
     /// Nothing will come of it any more, and no flow knows it.
-    pub(super) fn is_vacant(&self) -> bool {
+    fn is_vacant(&self) -> bool {
         self.accept == Accept::Over && self.flows == 0
     }
 

@@ -47,7 +47,7 @@ impl Worker {
         // The options were taken at the start; one that is refused now is missing, and no more.
         let _ = self.ring.tune(listener.fd.as_fd());
         let state = State::new(listener, self.setup.profile.limits.backlog);
-        match self.listening.states.iter_mut().find(|state| state.is_vacant()) {
+        match self.listening.vacant() {
             Some(vacant) => *vacant = state,
             None => self.listening.states.push(state),
         }

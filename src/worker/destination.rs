@@ -15,7 +15,7 @@ use crate::addr::{Downstream, OriginalDst};
 use crate::metrics::Denied;
 use crate::op::{CloseReason, Completion, Errno, FlowId, Kind, Side, Timer, Token};
 use crate::ring::DialFrom;
-use crate::service::{EndpointId, Pick, ServiceId, key_of};
+use crate::service::{Balance, EndpointId, Pick, ServiceId, key_of};
 use crate::sys::socket;
 
 /// Where an accepted connection goes.
@@ -80,6 +80,19 @@ impl Worker {
         let source = source.ok_or(Denied::SourcePorts)?;
         self.listening.source_ports.enter(client, dst);
         Ok(source)
+    }
+
+    /// What a client in a slot hashes to, where that matters. A listener that began with consistent
+    /// hashing gets its connections by descriptor, one that a reload has brought to it does not: asking
+    /// the ring costs it a syscall or two for each.
+    pub(super) fn key_in(&mut self, slot: FlowId, listener: u16) -> u64 {
+        let route = self.listening.states.get(usize::from(listener)).map(|state| &state.route);
+        match route {
+            Some(Route::Service { balance: Balance::ConsistentHash, .. }) => {
+                self.ring.peer_name(slot, Side::Downstream).map_or(0, |name| key_of(name.ip()))
+            }
+            _ => 0,
+        }
     }
 
     /// The next endpoint of a listener's service, for a client whose address hashes to `key`.

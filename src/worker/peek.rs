@@ -75,7 +75,9 @@ impl Worker {
     pub(super) fn heard(&mut self, event: Event) {
         let slot = event.token.flow();
         if self.peeking.of(slot).is_none_or(|(token, _)| token != event.token) {
-            return self.counters.completions_stale.add(1);
+            // Whoever was given up is expected to say so.
+            let is_stale = event.result != -libc::ECANCELED;
+            return self.counters.completions_stale.add(u64::from(is_stale));
         }
         match self.peeking.look(slot, self.services.table()) {
             Look::Wait => self.listen_to(slot),

@@ -14,6 +14,7 @@ use crate::profile;
 use crate::service::{Directory, Endpoint, Manner};
 use crate::sys::socket::ListenOptions;
 
+mod listeners;
 mod stalls;
 
 /// A worker that forwards to `endpoints`; drained and joined by `end`.
