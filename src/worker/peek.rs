@@ -37,6 +37,8 @@ struct Waiting {
     downstream: Downstream,
     fd: OwnedFd,
     listener: u16,
+    /// Bytes that all looks together have seen.
+    looked_at: usize,
     /// Bytes that must have come before it is worth looking again.
     needed: usize,
 }
@@ -59,7 +61,8 @@ impl Worker {
     /// Takes a connection in; the first bytes will say where it goes.
     pub(super) fn wait_for_request(&mut self, listener: u16, downstream: Downstream, fd: OwnedFd) {
         let Some(slot) = self.slab.reserve() else { return };
-        self.peeking.enter(slot, Waiting { downstream, fd, listener, needed: 1 });
+        let waiting = Waiting { downstream, fd, listener, looked_at: 0, needed: 1 };
+        self.peeking.enter(slot, waiting);
         let deadline = self.clock.now().wrapping_add(Clock::ticks(REQUEST_WITHIN));
         self.wheel.set(slot.slot(), deadline);
         self.listen_to(slot);
@@ -197,6 +200,7 @@ impl Peeking {
             Err(Stop::NeedMore(needed)) if needed > PEEK_BYTES_MAX => {
                 Look::Deny(Denied::UnknownService)
             }
+            Err(Stop::NeedMore(_)) if waiting.is_worn_out(len) => Look::Deny(Denied::NoRequest),
             Err(Stop::NeedMore(needed)) => {
                 waiting.needed = needed;
                 match socket::set_low_water(waiting.fd.as_fd(), needed) {
@@ -208,7 +212,19 @@ impl Peeking {
     }
 }
 
+impl Waiting {
+    /// Each look begins at the first byte: who sends a long request byte by byte would cost more than
+    /// a hundred others.
+    fn is_worn_out(&mut self, len: usize) -> bool {
+        self.looked_at += len;
+        self.looked_at > LOOKS_BYTES_MAX
+    }
+}
+
 /// From accept to the end of what names the service.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 /// The longest of what the parsers may ask for, and room behind it.
 const PEEK_BYTES_MAX: usize = 96 * 1024;
+/// Of all looks at one connection: room for the longest request in some forty pieces, and for one of
+/// 2,000 bytes in as many.
+const LOOKS_BYTES_MAX: usize = 4 << 20;
