@@ -28,7 +28,6 @@ fn listener_that_comes_to_hash_its_clients_hashes_them() {
     let (last, manner) = (forwarder.services.table(), Manner::of(Balance::ConsistentHash));
     let endpoints = vec![Endpoint::new(named(3)), Endpoint::new(named(4))];
     let id = forwarder.services.set("test", manner, endpoints, Instant::now());
-    assert!(forwarder.handle.update(Update::new(forwarder.services.table(), Some(&last))));
     let balance = Balance::ConsistentHash;
     forwarder.handle.change(Change {
         add: Vec::new(),
@@ -41,6 +40,8 @@ fn listener_that_comes_to_hash_its_clients_hashes_them() {
         retire: Vec::new(),
         timeouts: small_profile().timeouts,
     });
+    // Behind the change: who goes to the new endpoints finds it done.
+    assert!(forwarder.handle.update(Update::new(forwarder.services.table(), Some(&last))));
     until(|| answer_to([127, 0, 1, 1], forwarder.addr) > 2, "the new endpoints are dialled");
     let answers: Vec<u8> =
         (1..33).map(|last| answer_to([127, 0, 1, last], forwarder.addr)).collect();
