@@ -39,8 +39,10 @@ impl Lab {
 
     fn next(&mut self, kind: Kind) -> Event {
         loop {
-            if let Some(event) = self.batch.find(|event| event.token.kind() == Some(kind)) {
-                return event;
+            while let Some(event) = self.ring.next(&mut self.batch) {
+                if event.token.kind() == Some(kind) {
+                    return event;
+                }
             }
             self.ring.turn(Some(Duration::from_secs(1)), &mut self.batch).expect("a turn");
         }
