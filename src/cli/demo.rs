@@ -14,6 +14,7 @@ use servers::{SERVER_LOG, WORKLOAD_LOG};
 
 mod lab;
 mod servers;
+mod takeover;
 mod watch;
 
 pub(super) fn run(seconds: u64) -> Result<(), Failure> {
@@ -59,6 +60,7 @@ impl Demo {
         say(&format!("\n{}", ask::table(&seen.sample)));
         summary(&mut lab, &socket, &seen);
         show_end(&mut lab)?;
+        takeover::show(&mut lab)?;
         drop(lab);
         step("namespaces, cgroup and files are removed: nothing is left");
         Ok(())
