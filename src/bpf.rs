@@ -215,6 +215,7 @@ impl ConnectHook {
     /// Pins what shall stay. Says where all of that is, and which pins are new.
     fn pin(&self, pins: &Pins, new: &mut NewPins) -> Result<Vec<PathBuf>, HookError> {
         let mut wanted = Vec::new();
+<<<<<<< HEAD
         for attached in &self.attached {
             let Some(number) = number_of(&attached.cgroup) else { continue };
             for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
@@ -222,6 +223,19 @@ impl ConnectHook {
                 if pins::adopt(&place, number).is_none() {
                     pins::pin(link, &place)?;
                     new.0.push(place.clone());
+=======
+        if self.closed {
+            let pins = Pins::open()?;
+            for attached in &self.attached {
+                let Some(number) = number_of(&attached.cgroup) else { continue };
+                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
+                    let place = pins.place(self.namespace, number, part.name);
+                    if pins::adopt(&place, number).is_none() {
+                        pins::pin(link, &place)?;
+                    }
+                    process::made(&format!("pin {}", part.name));
+                    wanted.push(place);
+>>>>>>> c62c25b (capture: workloads come and go by reload, clear goes to each of them)
                 }
                 wanted.push(place);
             }
@@ -409,6 +423,27 @@ pub fn programs_on(path: &Path) -> Result<(u64, Vec<String>), HookError> {
     let all = neighbours::on_the_way(path)?;
     let names = all.into_iter().map(|(_, _, name)| name).filter(|name| neighbours::is_ours(name));
     Ok((number, names.collect()))
+}
+
+/// The numbers of our programs that hang on the cgroup at `path`, or above it.
+///
+/// # Errors
+///
+/// There is no such cgroup, or we may not ask.
+pub fn numbers_on(path: &Path) -> Result<Vec<u32>, HookError> {
+    let cgroup = cgroup::open(path)?;
+    let mut all = Vec::new();
+    for part in PARTS {
+        let failed = |source: io::Error| HookError::Program {
+            program: part.name,
+            said: source.to_string(),
+            step: "list",
+        };
+        all.extend(links::attached(cgroup.as_fd(), part.place).map_err(failed)?);
+    }
+    all.sort_unstable();
+    all.dedup();
+    Ok(neighbours::ours_of(&all))
 }
 
 impl Attached {

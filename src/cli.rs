@@ -148,6 +148,9 @@ enum RulesVerb {
     },
     /// Remove what weir has left, dead or ended; a running one keeps what it holds
     Clear {
+        /// A config file: in the network namespaces of its workloads, too
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
         /// Change nothing: print the steps
         #[arg(long)]
         dry_run: bool,

@@ -82,6 +82,14 @@ pub enum Namespace {
     Process(u32),
 }
 
+impl Captured {
+    /// In a network namespace other than the one weir is started in.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        self.namespace != Namespace::Own
+    }
+}
+
 /// Where to ask a running weir.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Admin {

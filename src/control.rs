@@ -196,7 +196,7 @@ struct Running {
     on_change: OnChange,
     profile: Arc<Profile>,
     /// Of the connect hooks.
-    records: Vec<Arc<Records>>,
+    records: watch::Sender<Vec<Arc<Records>>>,
     /// What others did to the capture.
     rules_lost: RulesLost,
     services: Arc<Services>,
@@ -243,7 +243,7 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(Arc<Running>,
     // First of all: a signal that comes while starting shall not kill half a weir.
     let mut signals = Signals::listen().map_err(RunError::Runtime)?;
     let mut admin = admin::Bound::open(&config.admin)?;
-    start::fit_timers(&mut config)?;
+    start::fit_timers(&mut config, places::Place::all)?;
     let prepared = start::prepare(&config)?;
     let own_ports = capturing::own_ports(&config, &config.workloads);
     let api = takeover::Bound::open(&config, own_ports)?;
@@ -352,7 +352,7 @@ impl Running {
                     }
                     drain.iter_mut().for_each(|drain| drain.tell(&self.workers));
                     if let Some(capturing) = capturing.as_mut().filter(|_| !told) {
-                        capturing.watch(self);
+                        capturing.watch(self, reloader.config());
                     }
                     if self.workers.iter().all(Handle::is_finished) {
                         return false;

@@ -174,8 +174,8 @@ pub struct Change {
     pub add: Vec<Listener>,
     /// Listeners that go on in another way; flows that are open go on as they began.
     pub alter: Vec<Alteration>,
-    /// Listeners of home that end once those who wait in their queues are served.
-    pub retire: Vec<SocketAddr>,
+    /// Listeners that end once those who wait in their queues are served, by the number of their place.
+    pub retire: Vec<(u32, SocketAddr)>,
     /// For every flow, those that are open too.
     pub timeouts: Timeouts,
 }

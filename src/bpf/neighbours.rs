@@ -61,6 +61,14 @@ pub(super) fn is_ours(name: &str) -> bool {
     name.starts_with(OURS)
 }
 
+/// Those of the programs that are ours.
+pub(super) fn ours_of(ids: &[u32]) -> Vec<u32> {
+    let all =
+        loaded_programs().filter_map(Result::ok).filter(|program| ids.contains(&program.id()));
+    let ours = all.filter(|program| program.name_as_str().is_some_and(is_ours));
+    ours.map(|program| program.id()).collect()
+}
+
 fn name_of(id: u32) -> Option<String> {
     let program = loaded_programs().filter_map(Result::ok).find(|program| program.id() == id)?;
     program.name_as_str().map(str::to_owned)

@@ -232,8 +232,8 @@ fn mark_accept() -> Rule {
     }
 }
 
-/// The hook's programs, one entry for each cgroup. They live by descriptors of a running weir, so no
-/// shell can make them.
+/// The hook's programs, one entry for each cgroup. No shell can make them: they hang by descriptors
+/// of a running weir, and do nothing until it has filled their maps. A shell can let go of them.
 fn programs(hook: &HookPlan, held: bool) -> Result<Vec<Rule>, CaptureError> {
     let pinned = bpf::pinned()?;
     let rule = |path: &std::path::PathBuf| {
@@ -250,21 +250,33 @@ fn programs(hook: &HookPlan, held: bool) -> Result<Vec<Rule>, CaptureError> {
         };
         Ok(Rule {
             apply: format!(
-                "# weir run: programs {} on cgroup {} (`bpftool cgroup show`)",
+                "# not by hand, only `weir run` can: programs {} on cgroup {} (to see them: `bpftool \
+                 cgroup tree`)",
                 bpf::PROGRAMS.join(", "),
                 path.display()
             ),
             by_hand: false,
             kind: Kind::Bpf,
             now,
-            undo: match pins.is_empty() {
-                true => "# they go with weir".to_owned(),
-                false => format!("rm {}", pins.join(" ")),
+            undo: match (pins.is_empty(), now) {
+                (true, State::Missing) => "# they go with weir".to_owned(),
+                (true, _) => detach(&bpf::numbers_on(path)?),
+                (false, _) => format!("rm {}", pins.join(" ")),
             },
             what: format!("programs on cgroup {}", path.display()),
         })
     };
     hook.cgroups.iter().map(rule).collect()
+}
+
+/// What lets go of these programs, for a shell: a running weir holds their links on.
+fn detach(programs: &[u32]) -> String {
+    let ids: Vec<String> = programs.iter().map(u32::to_string).collect();
+    format!(
+        "bpftool link show | awk '/: cgroup +prog ({}) /{{sub(\":\", \"\", $1); print $1}}' | xargs -r -n 1 \
+         bpftool link detach id",
+        ids.join("|")
+    )
 }
 
 fn by_nft(text: &str) -> String {

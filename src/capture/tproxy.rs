@@ -105,15 +105,15 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     draft.object(format!("counter {NO_ROOM} {{ }}"));
     draft.chain("take", takes);
     for (index, one) in list.iter().enumerate() {
-        let chain = format!("outbound_tproxy_{index}");
-        draft.taking(&chain, taken(one, "goto take")?);
+        let (chain, take) = (format!("outbound_tproxy_{index}"), tell_apart(draft, list, index));
+        draft.taking(&chain, taken(one, &format!("goto {take}"))?);
         draft.rule(
             Hook::Output,
             format!("tcp flags & (syn | ack) == syn fib daddr type != local jump {chain}"),
         );
     }
     follow(draft, first);
-    for (family, to) in [("ip", "127.0.0.1"), ("ip6", "[::1]")] {
+    for (family, to) in LOOPBACKS {
         let port = first.port;
         draft.rule(
             Hook::Prerouting,
@@ -126,19 +126,51 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     Ok(())
 }
 
+/// Notes whose a new connection is, where there are several workloads, so that it comes to its own
+/// listener; the rest of a connection finds its socket. Says which chain takes it.
+fn tell_apart(draft: &mut Draft, list: &[&Netfilter], index: usize) -> String {
+    let Some(one) = list.get(index).filter(|_| list.len() > 1) else { return "take".to_owned() };
+    let mut rules = Vec::new();
+    for ((family, to, _), (word, ip)) in TUPLES.into_iter().zip(LOOPBACKS) {
+        let dialled = |index: usize| format!("dialled{family}_{index}");
+        draft.object(set(&dialled(index), family, one));
+        // A port that another workload has used a moment ago is this one's now.
+        let others = (0..list.len()).filter(|other| *other != index);
+        rules.extend(others.map(|other| format!("delete @{} {{ {to} }}", dialled(other))));
+        let own = dialled(index);
+        rules.push(format!("add @{own} {{ {to} timeout {CONNECTING_SECONDS}s }}"));
+        let port = one.port;
+        draft.rule(
+            Hook::Prerouting,
+            format!(
+                "iifname \"lo\" meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} tcp flags & (syn | ack) \
+                 == syn {to} @{own} tproxy {word} to {ip}:{port} counter notrack accept"
+            ),
+        );
+    }
+    rules.push("goto take".to_owned());
+    let chain = format!("take_{index}");
+    draft.chain(&chain, rules);
+    chain
+}
+
 /// Sets of the flows that were taken and not ended, and of those that end.
 fn remember(draft: &mut Draft, one: &Netfilter) {
-    // Connections that wait to be accepted are taken, too.
-    let flows = u64::from(one.flows_max) * 2 + 16_384;
     for (family, _, _) in TUPLES {
-        let address = if family == "4" { "ipv4_addr" } else { "ipv6_addr" };
         for name in ["taken", "closing"] {
-            draft.object(format!(
-                "set {name}{family} {{ type {address} . inet_service . {address} . inet_service; \
-                 size {flows}; flags dynamic,timeout; }}"
-            ));
+            draft.object(set(&format!("{name}{family}"), family, one));
         }
     }
+}
+
+/// A set of flows; connections that wait to be accepted are among them.
+fn set(name: &str, family: &str, one: &Netfilter) -> String {
+    let flows = u64::from(one.flows_max) * 2 + 16_384;
+    let address = if family == "4" { "ipv4_addr" } else { "ipv6_addr" };
+    format!(
+        "set {name} {{ type {address} . inet_service . {address} . inet_service; size {flows}; \
+         flags dynamic,timeout; }}"
+    )
 }
 
 /// What belongs to flows that were taken. What we reset is over at once; what the workload ends is
@@ -203,6 +235,8 @@ const TUPLES: [(&str, &str, &str); 2] = [
         "ip6 daddr . tcp dport . ip6 saddr . tcp sport",
     ),
 ];
+/// Where listeners wait, in the order of `TUPLES`.
+const LOOPBACKS: [(&str, &str); 2] = [("ip", "127.0.0.1"), ("ip6", "[::1]")];
 /// The kernel gives up a connect after 127 s (`tcp_syn_retries` 6, tcp(7)).
 const CONNECTING_SECONDS: u64 = 130;
 /// Every packet begins it anew; a flow that is silent for longer is cut.

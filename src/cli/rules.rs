@@ -8,14 +8,14 @@ use serde::Serialize;
 
 use super::run::load;
 use super::{Failure, Output, RulesVerb, print};
-use crate::capture::{self, CaptureError, Kind, Left, Rule, State};
-use crate::control::rules::{self, Shown};
+use crate::capture::{Kind, Left, Rule, State};
+use crate::control::rules::{self, Cleared, Shown};
 
 pub(super) fn run(verb: RulesVerb) -> Result<(), Failure> {
     match verb {
         RulesVerb::Apply { config, dry_run: true, output } => steps(&config, output),
         RulesVerb::Apply { config, dry_run: false, output } => apply(&config, output),
-        RulesVerb::Clear { dry_run, output } => clear(dry_run, output),
+        RulesVerb::Clear { config, dry_run, output } => clear(config.as_deref(), dry_run, output),
         RulesVerb::Show { config, output } => show(&config, output),
     }
 }
@@ -46,9 +46,9 @@ fn apply(file: &Path, output: Output) -> Result<(), Failure> {
     })
 }
 
-fn clear(dry_run: bool, output: Output) -> Result<(), Failure> {
-    let found = if dry_run { capture::leftovers() } else { capture::clear() };
-    let found = found.map_err(refused)?;
+fn clear(file: Option<&Path>, dry_run: bool, output: Output) -> Result<(), Failure> {
+    let config = file.map(load).transpose()?;
+    let Cleared { found, refused } = rules::clear(config.as_ref(), dry_run);
     print(&match output {
         Output::Json => json(&found)?,
         Output::Table if found.is_empty() => "nothing of weir is left here\n".to_owned(),
@@ -58,7 +58,12 @@ fn clear(dry_run: bool, output: Output) -> Result<(), Failure> {
             let _ = writeln!(text, "removed {what}");
             text
         }),
-    })
+    })?;
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let refused: Vec<String> = refused.iter().map(ToString::to_string).collect();
+    Err(Failure::Preflight(format!("rules: {}", refused.join("\nrules: "))))
 }
 
 fn script(steps: &[Rule]) -> String {
@@ -106,10 +111,6 @@ fn lines<'a>(lines: impl Iterator<Item = &'a str>) -> String {
 fn json(value: &impl Serialize) -> Result<String, Failure> {
     let text = serde_json::to_string(value).map_err(|error| Failure::Failed(error.to_string()))?;
     Ok(text + "\n")
-}
-
-fn refused(error: CaptureError) -> Failure {
-    Failure::Preflight(format!("rules: {error}"))
 }
 
 const HEAD: &str = "\

@@ -2,6 +2,7 @@
 //! Capture as the control thread sees it: planned from the config, installed last, watched while
 //! weir runs, stopped first.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,12 +19,18 @@ use crate::config::{
 };
 use crate::sys::closing;
 
+pub(super) use workloads::Coming;
+
+mod workloads;
+
 /// Capture in place, in one network namespace after the other.
 pub(super) struct Capturing {
     count_at: Instant,
     counted: Tally,
     look_at: Instant,
     places: Vec<Taken>,
+    /// Workloads of which it was said that they cannot be taken up again yet.
+    told: BTreeSet<String>,
 }
 
 /// Capture in one network namespace.
@@ -32,6 +39,8 @@ struct Taken {
     capture: Option<Capture>,
     /// What was counted here so far.
     counted: Counts,
+    /// It is in the config no more: when what is still open is reset.
+    leaving: Option<Instant>,
     /// What was missing at the last look.
     missing: Option<Part>,
     /// Connects that others had led elsewhere when it was last said, and when that may be said again.
@@ -139,16 +148,13 @@ impl Capturing {
         let mut places = Vec::with_capacity(prepared.len());
         for (place, prepared) in prepared {
             let Some(prepared) = prepared else { continue };
-            let capture = Some(place.within(|| prepared.install())??);
-            let overruled = (0, Instant::now());
-            let losses = place.within(Losses::new)?;
-            let counted = Counts::default();
-            places.push(Taken { capture, counted, losses, missing: None, overruled, place });
+            places.push(Taken::install(place, prepared)?);
         }
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
         let now = Instant::now();
-        Ok(Capturing { count_at: now, counted: Tally::default(), look_at: now, places })
+        let (counted, told) = (Tally::default(), BTreeSet::new());
+        Ok(Capturing { count_at: now, counted, look_at: now, places, told })
     }
 
     /// Takes what `config` says from now on, in every place or in none.
@@ -158,7 +164,10 @@ impl Capturing {
             let Some(taken) = self.places.get_mut(index) else { break };
             let place = taken.place.under(config);
             let plan = taken.capture.as_ref().map(|capture| capture.plan().clone());
-            let changed = place.plan(config).map_or(Ok(()), |plan| taken.change(plan));
+            let wanted = place.plan(config);
+            // Who leaves stays as it is: workers know the place by what they were given.
+            let place = if wanted.is_some() { place } else { taken.place.clone() };
+            let changed = wanted.map_or(Ok(()), |plan| taken.change(plan));
             if let Err(error) = changed {
                 self.change_back(old);
                 return Err(error);
@@ -179,18 +188,13 @@ impl Capturing {
 
     /// Where traffic is taken.
     pub(super) fn places(&self) -> impl Iterator<Item = &Place> {
-        self.places.iter().map(|taken| &taken.place)
+        self.places.iter().filter(|taken| taken.leaving.is_none()).map(|taken| &taken.place)
     }
 
     /// Takes no more connections.
     pub(super) fn stop(&mut self, running: &Running) {
         running.capturing.store(false, Ordering::Release);
-        for Taken { capture, place, .. } in &mut self.places {
-            if let Some(capture) = capture {
-                // A place that cannot be entered has nothing left to stop.
-                let _ = place.within(|| capture.stop());
-            }
-        }
+        self.places.iter_mut().for_each(Taken::stop);
     }
 
     /// Waits until workloads have acknowledged what sockets of ours said last: those answers find their
@@ -204,8 +208,8 @@ impl Capturing {
 
     /// Notices what somebody took away or changed, and puts it back or raises the alarm, as the config
     /// says. While it is away, traffic flows directly. Lets go of network namespaces whose workload is
-    /// gone.
-    pub(super) fn watch(&mut self, running: &Running) {
+    /// gone, and takes up those that are there again.
+    pub(super) fn watch(&mut self, running: &Running, config: &Config) {
         if Instant::now() < self.look_at {
             return;
         }
@@ -218,12 +222,13 @@ impl Capturing {
             }
             !left
         });
+        self.take_up_again(running, config);
         let mut stands = true;
         if Instant::now() >= self.count_at {
             self.count_at = Instant::now() + COUNT_EVERY;
             running.counted.set(self.counted.with(self.places.iter_mut().map(Taken::count)));
         }
-        for taken in &mut self.places {
+        for taken in self.places.iter_mut().filter(|taken| taken.leaving.is_none()) {
             taken.watch_neighbours();
             stands &= taken.watch(running);
         }
@@ -232,6 +237,22 @@ impl Capturing {
 }
 
 impl Taken {
+    fn install(place: Place, prepared: Prepared) -> Result<Taken, RunError> {
+        let capture = Some(place.within(|| prepared.install())??);
+        let overruled = (0, Instant::now());
+        let losses = place.within(Losses::new)?;
+        let counted = Counts::default();
+        Ok(Taken { capture, counted, leaving: None, losses, missing: None, overruled, place })
+    }
+
+    /// Takes no more connections.
+    fn stop(&mut self) {
+        if let Some(capture) = &mut self.capture {
+            // A place that cannot be entered has nothing left to stop.
+            let _ = self.place.within(|| capture.stop());
+        }
+    }
+
     fn awaits_acks(&self) -> bool {
         let leads = self.capture.as_ref().is_some_and(|capture| capture.plan().leads_packets());
         // Where the place cannot be entered nobody answers.
@@ -242,17 +263,6 @@ impl Taken {
     fn change(&mut self, plan: Plan) -> Result<(), RunError> {
         let Some(capture) = &mut self.capture else { return Ok(()) };
         Ok(self.place.within(|| capture.change(plan))??)
-    }
-
-    /// True if the workload is gone, and every worker knows.
-    fn left(&self, running: &Running) -> bool {
-        let (name, number) = (self.place.name(), self.place.for_workers.number);
-        let gone =
-            self.place.is_gone() && running.workers.iter().all(|worker| worker.leave(number));
-        if gone {
-            tracing::warn!(workload = name, "its network namespace is gone: capture has ended");
-        }
-        gone
     }
 
     /// What rules and connection tracking counted so far; losses are said.

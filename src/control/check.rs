@@ -44,6 +44,8 @@ pub enum Outcome {
 #[must_use]
 pub fn run(config: Option<&Config>) -> Vec<Finding> {
     let profile = config.map_or_else(Profile::default, |config| config.profile.clone());
+    // Before anything is tried: what is tried leaves entries in connection tracking.
+    let limits = host::limits(&profile, config);
     let mut findings = rings(&profile);
     findings.extend(modes::findings());
     // What follows takes its time, and nobody waits for it any more.
@@ -55,7 +57,7 @@ pub fn run(config: Option<&Config>) -> Vec<Finding> {
         SOCKMAP,
         forwarding::prove().map_err(|error| error.to_string()),
     ));
-    findings.extend(host::limits(&profile, config));
+    findings.extend(limits);
     findings.extend(host::conflicts(config));
     if let Some(config) = config.filter(|config| !config.workloads.is_empty()) {
         let prepared = start::prepare(config).map(drop);

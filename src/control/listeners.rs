@@ -28,16 +28,27 @@ pub(super) fn open(
     routes: &[Plain<'_>],
     workers: usize,
 ) -> Result<Vec<Vec<Listener>>, RunError> {
-    let options = options(&config.profile, workers);
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
     for (index, (place, prepared)) in prepared.iter().enumerate() {
         let is_home = index == 0;
         let routes = if is_home { routes } else { &[] };
-        let records = prepared.as_ref().map(Prepared::records).unwrap_or_default();
-        let opening = Opening { options, place, records: &records, routes };
-        place.within(|| opening.open(&mut all))??;
+        open_in(place, prepared.as_ref(), routes, &config.profile, &mut all)?;
     }
     Ok(all)
+}
+
+/// The listeners of one place, for every worker.
+pub(super) fn open_in(
+    place: &Place,
+    prepared: Option<&Prepared>,
+    routes: &[Plain<'_>],
+    profile: &Profile,
+    all: &mut [Vec<Listener>],
+) -> Result<(), RunError> {
+    let options = options(profile, all.len());
+    let records = prepared.map(Prepared::records).unwrap_or_default();
+    let opening = Opening { options, place, records: &records, routes };
+    Ok(place.within(|| opening.open(all))??)
 }
 
 /// More plain listeners while weir runs: a socket for each worker of each address, in its order.
@@ -118,9 +129,8 @@ impl Opening<'_> {
         let captured = &self.place.captured;
         let inbound = captured.iter().filter_map(|captured| captured.inbound.as_ref());
         let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
-        let outbound = outbound
-            .flat_map(|outbound| loopbacks().map(|ip| SocketAddr::new(ip, outbound.listen.port())));
-        let mut all = forward.chain(inbound.map(|inbound| inbound.listen)).chain(outbound);
+        let inbound = inbound.map(|inbound| inbound.listen);
+        let mut all = forward.chain(inbound).chain(outbound.flat_map(outbound_addrs));
         all.try_for_each(|addr| listen_patiently(addr, &options).map(drop))
     }
 
@@ -144,7 +154,7 @@ impl Opening<'_> {
         worker: &mut Vec<Listener>,
     ) -> Result<(), ListenError> {
         let source = Source::Own;
-        for ip in loopbacks() {
+        for addr in outbound_addrs(outbound) {
             let (options, route) = match (outbound.capture, records) {
                 (OutboundCapture::Connect, Some(records)) => {
                     (self.marked(false), Route::Recorded(Arc::clone(records)))
@@ -161,7 +171,7 @@ impl Opening<'_> {
                     (self.marked(true), Route::Socket { any_destination, origin, source })
                 }
             };
-            let fd = listen_patiently(SocketAddr::new(ip, outbound.listen.port()), &options)?;
+            let fd = listen_patiently(addr, &options)?;
             worker.push(self.listener(fd, "outbound", &captured.name, route));
         }
         Ok(())
@@ -180,10 +190,17 @@ impl Opening<'_> {
     }
 }
 
-/// 127.0.0.1, and ::1 unless IPv6 is switched off.
-pub(super) fn loopbacks() -> impl Iterator<Item = IpAddr> {
-    let v6 = netns::has_ipv6();
-    [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()].into_iter().take(1 + usize::from(v6))
+/// Where a workload's connections are waited for.
+pub(super) fn addrs(captured: &Captured) -> Vec<SocketAddr> {
+    let inbound = captured.inbound.iter().map(|inbound| inbound.listen);
+    inbound.chain(captured.outbound.iter().flat_map(outbound_addrs)).collect()
+}
+
+/// On 127.0.0.1, and on ::1 unless IPv6 is switched off.
+pub(super) fn outbound_addrs(outbound: &Outbound) -> impl Iterator<Item = SocketAddr> + use<> {
+    let (port, v6) = (outbound.listen.port(), netns::has_ipv6());
+    let ips: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    ips.into_iter().take(1 + usize::from(v6)).map(move |ip| SocketAddr::new(ip, port))
 }
 
 /// A weir that was killed a moment ago may still hold the port: its ring is torn down behind it.

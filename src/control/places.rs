@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{RunError, capturing};
 use crate::capture::{OwnPorts, Plan};
@@ -12,7 +13,7 @@ use crate::sys::netns::Netns;
 use crate::worker;
 
 /// A network namespace and what is captured there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) captured: Vec<Captured>,
     /// As workers see it.
@@ -23,24 +24,35 @@ pub(super) struct Place {
 impl Place {
     /// Every place of a config; first the one that weir was started in, whatever it does there.
     pub(super) fn all(config: &Config) -> Result<Vec<Place>, RunError> {
-        let (here, elsewhere): (Vec<_>, Vec<_>) = config
-            .workloads
-            .iter()
-            .cloned()
-            .partition(|captured| captured.namespace == Namespace::Own);
-        // Only who moves away needs to know the way home.
-        let netns = if elsewhere.is_empty() { None } else { Netns::own().ok().map(Arc::new) };
-        let own_ports = OwnPorts::new(capturing::own_ports(config, &here));
-        let home = worker::Place { netns, number: 0, own_ports };
-        let mut places =
-            vec![Place { captured: here, for_workers: Arc::new(home), namespace: Namespace::Own }];
-        for (number, captured) in (1..).zip(elsewhere) {
-            places.push(Place::elsewhere(number, captured)?);
+        let elsewhere = config.workloads.iter().filter(|captured| captured.is_elsewhere());
+        let mut places = vec![Place::home(config)];
+        for captured in elsewhere.cloned() {
+            places.push(Place::elsewhere(captured)?);
         }
         Ok(places)
     }
 
-    fn elsewhere(number: u32, captured: Captured) -> Result<Place, RunError> {
+    /// As `all`, without those that cannot be entered just now.
+    pub(super) fn reachable(config: &Config) -> Vec<Place> {
+        let elsewhere = config.workloads.iter().filter(|captured| captured.is_elsewhere());
+        let elsewhere = elsewhere.filter_map(|captured| Place::elsewhere(captured.clone()).ok());
+        [Place::home(config)].into_iter().chain(elsewhere).collect()
+    }
+
+    fn home(config: &Config) -> Place {
+        let here = config.workloads.iter().filter(|captured| !captured.is_elsewhere());
+        let captured: Vec<Captured> = here.cloned().collect();
+        let own_ports = OwnPorts::new(capturing::own_ports(config, &captured));
+        // Workers that move away need to know the way home; somebody may come by reload.
+        let netns = Netns::own().ok().map(Arc::new);
+        let for_workers = Arc::new(worker::Place { netns, number: 0, own_ports });
+        Place { captured, for_workers, namespace: Namespace::Own }
+    }
+
+    /// Where a workload lives.
+    pub(super) fn elsewhere(captured: Captured) -> Result<Place, RunError> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let namespace = captured.namespace.clone();
         let failed = |source| RunError::Namespace {
             name: captured.name.clone(),
@@ -93,6 +105,16 @@ impl Place {
     pub(super) fn is_gone(&self) -> bool {
         let netns = self.for_workers.netns.as_ref().filter(|_| !self.is_home());
         netns.is_some_and(|netns| !netns.is_at(&self.path()))
+    }
+
+    /// No worker has a listener or a flow here any more.
+    pub(super) fn is_left(&self) -> bool {
+        Arc::strong_count(&self.for_workers) == 1
+    }
+
+    /// It is the place of `captured`.
+    pub(super) fn is_of(&self, captured: &Captured) -> bool {
+        self.namespace == captured.namespace
     }
 
     /// Of the workload that lives here; empty at home.

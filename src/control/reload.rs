@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::capturing::Capturing;
+use super::capturing::{Capturing, Coming};
 use super::places::Place;
 use super::{InForce, RunError, Running, listeners, start};
 use crate::capture::OwnPorts;
@@ -61,6 +61,11 @@ impl Reloader {
         Reloader { config, file: file.map(Path::to_owned), home }
     }
 
+    /// In force.
+    pub(super) const fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Reads the file again, and says what came of it.
     pub(super) fn reload(&mut self, running: &Running, capturing: Option<&mut Capturing>) {
         // systemd may not be there; then there is nobody to tell.
@@ -87,13 +92,14 @@ impl Reloader {
         &mut self,
         running: &Running,
         mut capturing: Option<&mut Capturing>,
-    ) -> Result<Vec<&'static str>, ReloadError> {
+    ) -> Result<Vec<String>, ReloadError> {
         let file = self.file.as_deref().ok_or(ReloadError::NoFile)?;
         let loaded = Config::load(file);
         let mut new = loaded.map_err(|mistakes| ReloadError::Mistakes(mistakes.to_string()))?;
-        let kept = keep(&self.config, &mut new);
-        start::fit_timers(&mut new)?;
+        let kept = keep(&self.config, &mut new, running.captures);
+        start::fit_timers(&mut new, |new| Ok(Place::reachable(new)))?;
         refuse(&new, running)?;
+        let coming = self.coming(&new, running, capturing.as_deref())?;
         let is_new = |addr: &SocketAddr| !has_listener(&self.config, *addr);
         let added: Vec<SocketAddr> =
             new.forward.iter().map(|forward| forward.listen).filter(is_new).collect();
@@ -108,14 +114,28 @@ impl Reloader {
         // From here on nothing is refused any more.
         let services = running.services.enter(&new.forward);
         running.services.tell(workers);
+        let deadline = Instant::now() + new.profile.timeouts.drain;
+        let left = capturing.as_mut().map(|capturing| capturing.leave_others(&new, deadline));
+        let left = left.unwrap_or_default();
         let retire = || self.config.forward.iter().map(|forward| forward.listen);
         for (worker, sockets) in workers.iter().zip(sockets) {
             worker.change(Change {
                 add: self.added(&new, &services, &added, sockets),
                 alter: self.altered(&new, &services, capturing.as_deref()),
-                retire: retire().filter(|addr| !has_listener(&new, *addr)).collect(),
+                retire: retire()
+                    .filter(|addr| !has_listener(&new, *addr))
+                    .map(|addr| (self.home.number, addr))
+                    .chain(left.iter().copied())
+                    .collect(),
                 timeouts: new.profile.timeouts,
             });
+        }
+        for one in coming {
+            let Some(capturing) = &mut capturing else { break };
+            await_room(workers)?;
+            if let Err(error) = capturing.take_up(one, &new, running) {
+                tracing::error!("a workload is not captured yet: {error}");
+            }
         }
         for old in &self.config.forward {
             if new.forward.iter().all(|forward| forward.name != old.name) {
@@ -125,6 +145,21 @@ impl Reloader {
         running.in_force.send_replace(InForce::of(&new));
         self.config = new;
         Ok(kept)
+    }
+
+    /// Workloads that are new in `new`, ready to be taken up.
+    fn coming(
+        &self,
+        new: &Config,
+        running: &Running,
+        capturing: Option<&Capturing>,
+    ) -> Result<Vec<Coming>, RunError> {
+        let Some(capturing) = capturing else { return Ok(Vec::new()) };
+        let is_new = |captured: &&Captured| {
+            self.config.workloads.iter().all(|old| old.namespace != captured.namespace)
+        };
+        let coming = capturing.lacks(new).filter(is_new);
+        coming.filter_map(|captured| Coming::prepare(captured, new, running).transpose()).collect()
     }
 
     /// Listeners that there are not yet, each with its socket.
@@ -179,11 +214,8 @@ fn captured(place: &Place) -> impl Iterator<Item = Alteration> {
             let route = listeners::inbound_route(inbound);
             to(inbound.listen, inbound.proxy_protocol, Some(route))
         });
-        let outbound = outbound.iter().flat_map(move |outbound| {
-            let port = outbound.listen.port();
-            let addrs = listeners::loopbacks().map(move |ip| SocketAddr::new(ip, port));
-            addrs.map(move |addr| to(addr, ProxyProtocol::Off, None))
-        });
+        let outbound = outbound.iter().flat_map(listeners::outbound_addrs);
+        let outbound = outbound.map(move |addr| to(addr, ProxyProtocol::Off, None));
         inbound.chain(outbound).collect::<Vec<_>>()
     })
 }
@@ -197,11 +229,9 @@ fn has_listener(config: &Config, addr: SocketAddr) -> bool {
 }
 
 /// Puts what cannot change back into `new`, and names it.
-fn keep(old: &Config, new: &mut Config) -> Vec<&'static str> {
+fn keep(old: &Config, new: &mut Config, captures: bool) -> Vec<String> {
     let mut profile = old.profile.clone();
     profile.timeouts = new.profile.timeouts;
-    let same_shape = old.workloads.len() == new.workloads.len()
-        && old.workloads.iter().zip(&new.workloads).all(|(old, new)| shape(old) == shape(new));
     let changes = [
         (old.admin != new.admin, "admin"),
         (old.on_change != new.on_change, "on_change"),
@@ -209,26 +239,56 @@ fn keep(old: &Config, new: &mut Config) -> Vec<&'static str> {
         (old.takeover != new.takeover, "takeover"),
         (profile != new.profile, "profile (but for its timeouts)"),
         (old.workers != new.workers, "workers"),
-        (!same_shape, "who is captured, by which means and on which ports weir listens for it"),
     ];
     new.admin = old.admin.clone();
     (new.on_change, new.on_exit) = (old.on_change, old.on_exit);
     new.profile = profile;
     new.takeover = old.takeover.clone();
     new.workers = old.workers.clone();
-    if !same_shape {
-        new.workloads = old.workloads.clone();
+    let changes = changes.into_iter().filter(|(changed, _)| *changed);
+    let changes = changes.map(|(_, what)| what.to_owned()).collect::<Vec<_>>();
+    changes.into_iter().chain(keep_workloads(old, new, captures)).collect()
+}
+
+/// Workloads in network namespaces of their own come and go; by which means one is captured stays, and
+/// so does all of it where weir was started.
+fn keep_workloads(old: &Config, new: &mut Config, captures: bool) -> Vec<String> {
+    if !captures && !new.workloads.is_empty() {
+        new.workloads.clear();
+        return vec!["who is captured (until now: nobody)".to_owned()];
     }
-    changes.into_iter().filter(|(changed, _)| *changed).map(|(_, what)| what).collect()
+    let mut kept = Vec::new();
+    for captured in new.workloads.iter_mut().filter(|captured| captured.is_elsewhere()) {
+        let before = old.workloads.iter().find(|old| old.namespace == captured.namespace);
+        if let Some(before) = before.filter(|before| shape(before) != shape(captured)) {
+            kept.push(format!("by which means workload {} is captured", captured.name));
+            *captured = before.clone();
+        }
+    }
+    let here = |config: &Config| {
+        let here = config.workloads.iter().filter(|captured| !captured.is_elsewhere());
+        here.cloned().collect::<Vec<_>>()
+    };
+    let (before, now) = (here(old), here(new));
+    let is_same =
+        |(old, new): (&Captured, &Captured)| old.name == new.name && shape(old) == shape(new);
+    if before.len() != now.len() || !before.iter().zip(&now).all(is_same) {
+        new.workloads.retain(Captured::is_elsewhere);
+        new.workloads.splice(0..0, before);
+        let what = "who is captured where weir was started, by which means and on which ports weir listens \
+                    for it";
+        kept.push(what.to_owned());
+    }
+    kept
 }
 
 /// What of a workload stays for as long as weir runs.
 fn shape(captured: &Captured) -> impl PartialEq + use<'_> {
-    let Captured { inbound, name, namespace, outbound } = captured;
+    let Captured { inbound, outbound, .. } = captured;
     let inbound = inbound.as_ref().map(|inbound| (inbound.capture, inbound.listen));
     let outbound = outbound.as_ref();
     let outbound = outbound.map(|outbound| (outbound.capture, outbound.listen, &outbound.workload));
-    (inbound, name, namespace, outbound)
+    (inbound, outbound)
 }
 
 /// As at a start.

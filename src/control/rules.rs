@@ -2,6 +2,8 @@
 //! `weir rules`: what a config changes in the kernel, and what of ours is there, with or without a
 //! running weir.
 
+use std::io::ErrorKind;
+
 use serde::Serialize;
 
 use super::places::Place;
@@ -61,6 +63,47 @@ fn elsewhere(place: &Place, rule: Rule) -> Rule {
         what: format!("{} (workload {})", rule.what, place.name()),
         ..rule
     }
+}
+
+/// What was removed, or would be, and where that was refused.
+#[derive(Debug, Default)]
+pub struct Cleared {
+    /// Of ours.
+    pub found: Vec<Left>,
+    /// By network namespace: a running weir holds the rules, or it cannot be entered.
+    pub refused: Vec<RunError>,
+}
+
+/// Removes what of ours is left here and where the workloads of `config` live, or only says what it
+/// is. A place that is refused keeps none of the others. A network namespace that is no more has
+/// nothing left.
+#[must_use]
+pub fn clear(config: Option<&Config>, dry_run: bool) -> Cleared {
+    let clear = || if dry_run { capture::leftovers() } else { capture::clear() };
+    let mut cleared = Cleared::default();
+    match clear() {
+        Ok(found) => cleared.found = found,
+        Err(error) => cleared.refused.push(error.into()),
+    }
+    let workloads = config.iter().flat_map(|config| &config.workloads);
+    for captured in workloads.filter(|captured| captured.is_elsewhere()) {
+        let entered =
+            Place::elsewhere(captured.clone()).and_then(|place| Ok((place.within(clear)??, place)));
+        match entered {
+            Ok((found, place)) => {
+                cleared.found.extend(found.into_iter().map(|left| left_elsewhere(&place, left)));
+            }
+            Err(RunError::Namespace { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(error) => cleared.refused.push(error),
+        }
+    }
+    cleared
+}
+
+/// What was left in another network namespace, as it is seen from where we are.
+fn left_elsewhere(place: &Place, Left { undo, what }: Left) -> Left {
+    let prefix = place.prefix().unwrap_or_default();
+    Left { undo: format!("{prefix}{undo}"), what: format!("{what} (workload {})", place.name()) }
 }
 
 /// Makes what can stand without a running weir, and says what it was.

@@ -20,8 +20,11 @@ use crate::sys::process;
 use crate::worker::{self, Setup};
 
 /// Timers are below those of connection tracking, wherever it matters.
-pub(super) fn fit_timers(config: &mut Config) -> Result<(), RunError> {
-    for place in Place::all(config)? {
+pub(super) fn fit_timers(
+    config: &mut Config,
+    places: impl FnOnce(&Config) -> Result<Vec<Place>, RunError>,
+) -> Result<(), RunError> {
+    for place in places(config)? {
         if let Some(plan) = place.plan(config) {
             place.within(|| keep_below(&mut config.profile, &plan))?;
         }
@@ -105,7 +108,7 @@ pub(super) fn start(
         in_force: watch::Sender::new(InForce::of(config)),
         on_change: config.on_change,
         profile,
-        records,
+        records: watch::Sender::new(records),
         rules_lost: capturing::RulesLost::default(),
         services,
         taking_over: OnceLock::new(),

@@ -434,6 +434,17 @@ impl Listening {
         }
     }
 
+    /// Listeners that are over hold no place but `home`; true if one did.
+    pub(super) fn leave_places(&mut self, home: &Arc<Place>) -> bool {
+        let left = |state: &&mut State| state.place.number != home.number && state.is_vacant();
+        let mut any = false;
+        for state in self.states.iter_mut().filter(left) {
+            state.place = Arc::clone(home);
+            any = true;
+        }
+        any
+    }
+
     pub(super) fn workload(&self, listener: u16) -> Arc<str> {
         let state = self.states.get(usize::from(listener));
         state.map_or_else(Arc::default, |state| Arc::clone(&state.workload))

@@ -22,8 +22,8 @@ impl Worker {
         for listener in add {
             self.add(listener);
         }
-        for addr in retire {
-            if let Some(index) = self.listening.index_of(self.setup.home.number, addr) {
+        for (place, addr) in retire {
+            if let Some(index) = self.listening.index_of(place, addr) {
                 self.retire_listener(index);
             }
         }

@@ -34,6 +34,20 @@ impl Worker {
         Ok(())
     }
 
+    /// Places of which no listener and no flow is left are held no longer.
+    pub(super) fn leave_places(&mut self) {
+        let home = Arc::clone(&self.setup.home);
+        if !self.listening.leave_places(&home) {
+            return;
+        }
+        let inside = self.inside;
+        let stays = (0..self.listening.states.len()).any(|at| self.listening.lives_in(at, inside));
+        if inside != home.number && !stays {
+            // If that fails, this thread holds the namespace until it dials elsewhere: no harm.
+            let _ = self.move_to(&home);
+        }
+    }
+
     /// The workload in `place` is gone: nothing of ours may hold its namespace.
     pub(super) fn leave(&mut self, place: u32) {
         for index in 0..self.listening.states.len() {

@@ -88,6 +88,7 @@ impl Worker {
         self.expire();
         self.read_mail();
         self.watch_loops();
+        self.leave_places();
         self.arm_listeners();
         self.counters.ring_enters.set(self.ring.enters());
         self.counters.ring_overflows.set(self.ring.overflows());

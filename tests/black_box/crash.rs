@@ -1,11 +1,155 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Killed after each single object that a start makes.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::harness::{Cgroup, Net, Place, Weir, check, config_file, echo, run, send, until, weir};
+use crate::harness::{
+    Bpffs, Cgroup, Net, PATIENCE, Place, Random, Weir, check, config_file, echo, rounds, run, send,
+    until, weir,
+};
+
+/// LC4, LC6, `on_exit: closed`: wherever a start is killed, connects are served or refused, never led to
+/// where nobody waits: they are refused from the object on that refuses them, and `rules clear` opens.
+#[test]
+fn closed_start_that_dies_after_any_object_serves_or_refuses() {
+    let (net, cgroup, bpffs) = (Net::new(), Cgroup::new(), Bpffs::new());
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    echo(net.listen(Place::Node, "[::]:80"));
+    echo(net.listen(Place::Server, "10.98.2.2:80"));
+    let config = format!(
+        "workers: 1\non_exit: closed\ninbound: {{}}\noutbound: {{ workload: {{ cgroup: {} }} }}",
+        cgroup.path
+    );
+    let place = TempDir::new().unwrap();
+    let file = config_file(&place, &config);
+    let outbound = || {
+        let talk = "exec 3<>/dev/tcp/10.98.2.2/80; echo hello >&3; head -n 1 <&3";
+        cgroup.output(&net, &["timeout", "20", "bash", "-c", talk]).stdout == b"hello\n"
+    };
+    let inbound = || {
+        let mut client = net.try_connect(Place::Client, "10.98.1.1:80")?;
+        client.write_all(b"x").and_then(|()| client.read_exact(&mut [0]))
+    };
+    // What is refused after each: inbound, outbound.
+    for (step, closes) in [
+        ("table", [false, false]),
+        ("weir_sockops", [false, false]),
+        ("weir_connect4", [false, false]),
+        ("weir_connect6", [false, false]),
+        ("guard", [true, false]),
+        ("pin weir_connect4", [true, true]),
+        ("pin weir_connect6", [true, true]),
+        ("pins", [true, true]),
+    ] {
+        let mut command = bpffs.command(&net, Place::Node, weir());
+        command.args(["run", "-c"]).arg(&file).env("WEIR_DIE_AFTER", step);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.signal(), Some(9), "{step}: {}", crate::harness::said(&output));
+        let tables = || net.run(Place::Node, &["nft", "list", "tables"]);
+        until("the table is gone", || !tables().lines().any(|line| line == "table inet weir"));
+        until("as it shall be", || [inbound().is_err(), !outbound()] == closes);
+        let clear = || {
+            let mut command = bpffs.command(&net, Place::Node, weir());
+            command.args(["rules", "clear"]).output().unwrap()
+        };
+        assert!(clear().status.success(), "{step}");
+        assert_eq!(String::from_utf8_lossy(&clear().stdout), "nothing of weir is left here\n");
+        until("everything is open", || inbound().is_ok() && outbound());
+        assert_eq!(bpffs.pins(&net), Vec::<String>::new(), "{step}");
+        until("the node is clean", || net.is_clean());
+    }
+}
+
+/// LC4, CH1: killed at any moment under load, in a start or after it: traffic flows directly within
+/// 100 ms in the middle, and nothing is left that `rules clear` does not find.
+#[test]
+fn random_kills_under_load_leave_nothing() {
+    let net = Net::new();
+    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
+    let cgroup = Cgroup::new();
+    echo(net.listen(Place::Node, "[::]:80"));
+    echo(net.listen(Place::Server, "10.98.2.2:80"));
+    let config = format!(
+        "workers: 2\ninbound: {{}}\noutbound: {{ workload: {{ cgroup: {} }} }}",
+        cgroup.path
+    );
+    let place = TempDir::new().unwrap();
+    let file = config_file(&place, &config);
+    // Dials without a pause, both ways; says when it is served.
+    let script = "
+import socket, sys, time
+to = sys.argv[1]
+while True:
+    try:
+        s = socket.create_connection((to, 80), 5); s.settimeout(5)
+        s.sendall(b'x'); s.recv(1) == b'x' and print(time.monotonic_ns(), flush=True); s.close()
+    except OSError:
+        pass
+    time.sleep(0.002)";
+    let load = |mut command: Command| {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let (served, times) = mpsc::channel();
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).try_for_each(|line| served.send(line.parse().unwrap()))
+        });
+        (Killed(child), times)
+    };
+    let mut client = net.command(Place::Client, "python3");
+    client.args(["-c", script, "10.98.1.1"]);
+    let loads = [
+        load(client),
+        load(cgroup.command(&net, Place::Node, &["python3", "-c", script, "10.98.2.2"])),
+    ];
+    let mut random = Random::new(u64::from(std::process::id()));
+    let mut waits = Vec::new();
+    for round in 0..rounds(20, 200) {
+        let mut command = net.command(Place::Node, weir());
+        let mut child =
+            command.args(["run", "-c"]).arg(&file).stderr(Stdio::null()).spawn().unwrap();
+        // A start takes some 200 ms: half of the kills meet one.
+        std::thread::sleep(Duration::from_millis(random.below(400)));
+        child.kill().unwrap();
+        let killed = ::weir::sys::process::monotonic_ns();
+        child.wait().unwrap();
+        for (_, times) in &loads {
+            let is_later = |at: &u64| *at > killed;
+            let served = std::iter::from_fn(|| times.recv_timeout(PATIENCE).ok()).find(is_later);
+            waits.push((served.expect("traffic flows") - killed) / 1_000_000);
+        }
+        net.run(Place::Node, &[weir(), "rules", "clear"]);
+        let left = |line: &str| line.contains("lookup 133") || line == "table inet weir";
+        assert!(!net.left_in(Place::Node).lines().any(left), "round {round}");
+        until("the programs are gone", || !cgroup.programs().contains("weir"));
+    }
+    waits.sort_unstable();
+    eprintln!(
+        "direct again after ms: median {}, most {}",
+        waits[waits.len() / 2],
+        waits[waits.len() - 1]
+    );
+    assert!(waits[waits.len() / 2] < 100, "{waits:?}");
+    drop(loads);
+    let mut next = Weir::run(&net, &config);
+    next.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(next.wait().code(), Some(0), "the next start is clean: {}", next.log());
+}
+
+/// Ended on drop.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// LC4, LC9: wherever a start is killed, traffic flows directly, `rules clear` finds what is left and
 /// nothing the second time, and the next start is clean.

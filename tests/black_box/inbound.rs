@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::scope;
 
+use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
 use crate::harness::{
@@ -35,6 +36,46 @@ fn meet(net: &Net, app: &TcpListener, door: &str) -> (TcpStream, TcpStream, Stri
 
 fn no_conntrack(net: &Net) {
     assert_eq!(net.conntrack(), "", "connection tracking saw nothing");
+}
+
+/// CH2 for what nft takes: a weir that is stopped, not dead, keeps who comes waiting, whatever `on_exit`
+/// says: nobody is lost, and everybody is served when it goes on.
+#[test]
+fn stopped_weir_keeps_clients_waiting() {
+    for (capture, on_exit) in [("tproxy", "open"), ("redirect", "closed")] {
+        let net = prepared();
+        echo(net.listen(Place::Node, "[::]:80"));
+        let config = format!(
+            "workers: 1\non_exit: {on_exit}\ninbound: {{ capture: {capture}, source: own }}"
+        );
+        let mut weir = Weir::run(&net, &config);
+        let (door, _) = &doors()[0];
+        let mut open = net.connect(Place::Client, door);
+        send(&mut open, 1, 1000).unwrap();
+        check(&mut open, 1, 1000);
+        weir.signal(Signal::SIGSTOP);
+        let mut waiting: Vec<_> = (0..20).map(|_| net.connect(Place::Client, door)).collect();
+        waiting.push(open);
+        for (seed, client) in (2..).zip(&mut waiting) {
+            send(client, seed, 1000).unwrap();
+            client.set_nonblocking(true).unwrap();
+            let nothing = client.read(&mut [0]).unwrap_err();
+            assert_eq!(nothing.kind(), ErrorKind::WouldBlock, "{capture}");
+            client.set_nonblocking(false).unwrap();
+        }
+        weir.signal(Signal::SIGCONT);
+        for (seed, client) in (2..).zip(&mut waiting) {
+            check(client, seed, 1000);
+        }
+        assert_eq!(weir.opened(), 21);
+        drop(waiting);
+        until("the flows end", || weir.active() == 0);
+        weir.signal(Signal::SIGTERM);
+        assert_eq!(weir.wait().code(), Some(0));
+        // What `closed` leaves on purpose.
+        net.run(Place::Node, &[self::weir(), "rules", "clear"]);
+        until("the node is clean", || net.is_clean());
+    }
 }
 
 /// TP8, TP10: both families; the workload sees the client, weir knows the destination, and no

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use weir::capture::{Netfilter, Outbound, Plan, Way, Workload};
 
 use crate::harness::{
-    Bpffs, Cgroup, Net, Place, Weir, check, config_file, echo, said, send, until, weir,
+    Bpffs, Cgroup, Net, Place, Weir, check, config_file, echo, run, said, send, until, weir,
 };
 use crate::hook::foreign;
 use crate::outbound::{says, servers};
@@ -157,6 +157,27 @@ c, _ = s.accept(); print(*c.getsockname()[:2], flush=True)";
     assert_ne!(kernel(&net), before);
     out(&rules(&net, &["clear"]));
     assert_eq!(kernel(&net), before);
+}
+
+/// What cannot be made by hand is said so; the programs of a running weir can be let go of by the line
+/// that is printed.
+#[test]
+fn printed_undo_of_programs_works_by_hand() {
+    let (net, cgroup) = (Net::new(), Cgroup::new());
+    let config = format!("workers: 1\noutbound: {{ workload: {{ cgroup: {} }} }}", cgroup.path);
+    let weir = Weir::run(&net, &config);
+    let place = TempDir::new().unwrap();
+    let file = config_file(&place, &config);
+    let words = ["rules", "show", "-o", "json", "-c", file.to_str().unwrap()];
+    let shown: Value = serde_json::from_str(&out(&rules(&net, &words[1..]))).unwrap();
+    let steps = shown["wanted"].as_array().unwrap();
+    let programs = steps.iter().find(|step| step["kind"] == "bpf").unwrap();
+    assert_eq!(programs["by_hand"], false);
+    assert!(programs["apply"].as_str().unwrap().starts_with("# not by hand"), "{programs}");
+    assert!(cgroup.programs().contains("weir_connect4"));
+    run(&["sh", "-c", programs["undo"].as_str().unwrap()]);
+    assert!(!cgroup.programs().contains("weir_"), "{}", cgroup.programs());
+    weir.end(&net);
 }
 
 /// Without a running weir `apply` leads no traffic to a port where nobody waits.

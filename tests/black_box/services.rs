@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::harness::{Net, Place, Weir, run, until};
+use crate::harness::{Cgroup, Net, Place, Weir, run, until};
 
 const LISTEN: &str = "10.98.1.1:7000";
 const SERVERS: [&str; 3] = ["10.98.2.2:7001", "10.98.2.2:7002", "10.98.2.2:7003"];
@@ -32,6 +32,32 @@ fn ask(net: &Net) -> (TcpStream, char) {
 
 fn state(weir: &Weir, server: &str) -> String {
     weir.endpoints().into_iter().find(|(address, ..)| address == server).unwrap().1
+}
+
+/// TP7: what weir itself says to endpoints is never captured, even from the cgroup whose connects it
+/// takes: a check is no flow, and one flow is one flow.
+#[test]
+fn own_checks_and_dials_are_never_captured() {
+    let net = Net::new();
+    let _providers = (provider(&net, 0), provider(&net, 1));
+    for mode in ["connect", "tproxy", "redirect"] {
+        let cgroup = Cgroup::new();
+        let endpoints = format!("endpoints: [\"{}\", \"{}\"]", SERVERS[0], SERVERS[2]);
+        let config = format!(
+            "workers: 1\noutbound: {{ capture: {mode}, workload: {{ cgroup: {} }} }}\n\
+             forward: [{{ listen: \"{LISTEN}\", check_interval_ms: 50, {endpoints} }}]",
+            cgroup.path
+        );
+        let weir =
+            Weir::run_as(cgroup.command(&net, Place::Node, &[crate::harness::weir()]), &config);
+        until("a check has found out", || state(&weir, SERVERS[2]) == "unhealthy");
+        assert_eq!(weir.opened(), 0, "{mode}: a check is no flow");
+        assert_eq!(ask(&net).1, '0');
+        until("the flow has ended", || weir.active() == 0);
+        assert_eq!((weir.opened(), weir.metric("weir_denied_total", &[])), (1, 0), "{mode}");
+        until("direct connections are gone", || net.sockets().is_empty());
+        weir.end(&net);
+    }
 }
 
 /// A provider that is killed is out of use within a second, nobody sees its death but its own

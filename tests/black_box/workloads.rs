@@ -5,6 +5,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -219,26 +220,190 @@ fn killed_weir_leaves_no_workload_behind_rules() {
     weir.kill();
 }
 
+/// LC9: `rules clear` goes to every workload of the config, with weir dead, twice; it names where it may
+/// not, and does the others all the same.
+#[test]
+fn clear_goes_to_every_workload() {
+    let net = Net::with_pods();
+    let entries =
+        Net::PODS.map(|pod| format!("- {{ netns: {}, inbound: {{}} }}\n", path(&net, pod)));
+    let config = format!("workers: 1\nworkloads:\n{}", entries.concat());
+    let place = TempDir::new().unwrap();
+    let file = config_file(&place, &config);
+    let clear = |more: &[&str]| {
+        let words = [&[weir(), "rules", "clear", "-c", file.to_str().unwrap()], more].concat();
+        net.output(Place::Node, &words)
+    };
+    Weir::run(&net, &config).kill();
+    let left = || Net::PODS.iter().filter(|pod| !net.is_clean_in(**pod)).count();
+    until("only rules are left", || !net.left_in(Net::PODS[0]).contains("table"));
+    assert_eq!(left(), 3, "rules that no packet meets");
+    let shown = clear(&["--dry-run"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    for pod in Net::PODS {
+        assert!(
+            shown.contains(&format!("nsenter --net={} ip -4 rule del", path(&net, pod))),
+            "{shown}"
+        );
+    }
+    assert!(clear(&[]).status.success());
+    assert_eq!(left(), 0);
+    let again = clear(&[]);
+    assert_eq!(String::from_utf8_lossy(&again.stdout), "nothing of weir is left here\n");
+    Weir::run(&net, &config).kill();
+    // One that lives, in the last of them, keeps what it holds.
+    let alone = format!("workers: 1\nworkloads:\n{}", entries[2]);
+    let alive = Weir::run(&net, &alone);
+    let output = clear(&[]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(said(&output).contains("a running weir holds the rules"), "{}", said(&output));
+    assert_eq!(left(), 1, "the others are cleared");
+    alive.end(&net);
+    until("the last is clean", || left() == 0);
+    net.run(Place::Node, &["ip", "netns", "del", &net.namespace(Net::PODS[0])]);
+    assert!(clear(&[]).status.success(), "where nobody is, nothing is left");
+}
+
 /// Two cgroups of the node, each with a listener and filters of its own.
 #[test]
-fn two_cgroups_have_filters_of_their_own() {
+fn two_cgroups_have_filters_and_names_of_their_own() {
+    for mode in ["connect", "tproxy", "redirect"] {
+        two_cgroups(mode);
+    }
+}
+
+fn two_cgroups(mode: &str) {
     let net = Net::new();
     let (one, two) = (Cgroup::new(), Cgroup::new());
     let config = format!(
         "workers: 1\nworkloads:\n\
-         - {{ name: one, cgroup: {}, outbound: {{}} }}\n\
-         - {{ name: two, cgroup: {}, outbound: {{ listen: \"127.0.0.1:15002\", exclude: {{ ports: [7001] }} }} }}\n",
+         - {{ name: one, cgroup: {}, outbound: {{ capture: {mode} }} }}\n\
+         - {{ name: two, cgroup: {}, outbound: {{ capture: {mode}, listen: \"127.0.0.1:15002\", \
+         exclude: {{ ports: [7001] }} }} }}\n",
         one.path, two.path
     );
-    echo(net.listen(Place::Server, "10.98.2.2:7001"));
+    for door in ["10.98.2.2:7001", "10.98.2.2:7002"] {
+        echo(net.listen(Place::Server, door));
+    }
     let weir = Weir::run(&net, &config);
     let talk = "exec 3<>/dev/tcp/10.98.2.2/7001; echo hello >&3; head -n 1 <&3";
     let talk = ["bash", "-c", talk];
     for (cgroup, flows) in [(&two, 0), (&one, 1)] {
         let output = cgroup.output(&net, &talk);
         assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\n", "{}", said(&output));
-        assert_eq!(weir.opened(), flows);
+        assert_eq!(weir.opened(), flows, "{mode}");
     }
+    until("the flow has ended", || weir.active() == 0);
+    let hold = "exec 3<>/dev/tcp/10.98.2.2/7002; echo hello >&3; head -n 1 <&3; read line";
+    for (cgroup, name) in [(&one, "one"), (&two, "two"), (&one, "one")] {
+        let mut command = cgroup.command(&net, Place::Node, &["bash", "-c", hold]);
+        let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        until("it is open", || weir.flows().len() == 1);
+        assert_eq!(weir.flows()[0]["workload"], name, "{mode}");
+        drop(holder.stdin.take());
+        holder.wait().unwrap();
+        until("the flow has ended", || weir.active() == 0);
+    }
+    weir.end(&net);
+}
+
+/// A workload that has gone and whose namespace is made anew is taken up again, and so it is in a config
+/// that was reloaded meanwhile.
+#[test]
+fn workload_that_comes_again_is_taken_up() {
+    let net = Net::with_pods();
+    let [again, stays, _] = Net::PODS;
+    let entry = |pod| format!("- {{ netns: {}, inbound: {{}} }}\n", path(&net, pod));
+    let config = format!("workers: 2\nworkloads:\n{}{}", entry(again), entry(stays));
+    let weir = Weir::run(&net, &config);
+    echo(net.listen(stays, "[::]:80"));
+    let mut kept = net.connect(Place::Client, &format!("{}:80", net.pod_v4(stays, 2)));
+    let link = format!(" {}@", net.link(again));
+    for round in 0..2u64 {
+        net.run(Place::Node, &["ip", "netns", "del", &net.namespace(again)]);
+        let gone = "namespace is gone";
+        until("it is said", || weir.log().matches(gone).count() as u64 == round + 1);
+        assert!(weir.reload(&config), "{}", weir.log());
+        let links = || net.run(Place::Client, &["ip", "-o", "link"]);
+        until("the namespace is no more", || !links().contains(&link));
+        net.add_pod(again);
+        let app = net.listen(again, "[::]:80");
+        let began = Instant::now();
+        let up = || weir.log().matches("capture is in place workload").count() as u64 == round + 1;
+        until("it is taken up", up);
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        let mut client = net.connect(Place::Client, &format!("{}:80", net.pod_v4(again, 2)));
+        let (mut served, _) = app.accept().unwrap();
+        send(&mut client, round, 1000).unwrap();
+        check(&mut served, round, 1000);
+        assert_eq!(weir.opened(), 2 + round, "it came by weir");
+        send(&mut kept, round, 1000).unwrap();
+        check(&mut kept, round, 1000);
+    }
+    drop(kept);
+    weir.end(&net);
+}
+
+/// SIGHUP: a workload that is added is captured, one that is taken out is not, and a flow of neither, nor
+/// of another, is dropped; a namespace that is not there keeps the old config.
+#[test]
+fn workloads_come_and_go_by_reload() {
+    let net = Net::with_pods();
+    let [one, two, three] = Net::PODS;
+    let config = |pods: &[Place]| {
+        let entry = |pod: &Place| {
+            format!(
+                "- {{ netns: {}, inbound: {{}}, outbound: {{ capture: tproxy }} }}\n",
+                path(&net, *pod)
+            )
+        };
+        format!("workers: 2\nworkloads:\n{}", pods.iter().map(entry).collect::<String>())
+    };
+    let weir = Weir::run(&net, &config(&[one, two]));
+    for pod in Net::PODS {
+        echo(net.listen(pod, "[::]:80"));
+    }
+    echo(net.listen(Place::Client, "[::]:80"));
+    // One from outside and one to outside.
+    let open = |pod| {
+        let inbound = net.connect(Place::Client, &format!("{}:80", net.pod_v4(pod, 2)));
+        [inbound, net.connect(pod, &format!("[{}]:80", net.pod_v6(pod, 1)))]
+    };
+    let talk = |flows: &mut [TcpStream], seed| {
+        for flow in flows {
+            send(flow, seed, 10_000).unwrap();
+            check(flow, seed, 10_000);
+        }
+    };
+    let mut kept: Vec<TcpStream> = [open(one), open(two)].into_iter().flatten().collect();
+    talk(&mut kept, 1);
+    let tables = |pod| net.run(pod, &["nft", "list", "tables"]);
+    assert!(weir.reload(&config(&[two, three])), "{}", weir.log());
+    talk(&mut kept, 2);
+    assert_eq!(weir.opened(), 4);
+    let mut new = open(three);
+    talk(&mut new, 3);
+    assert_eq!(weir.opened(), 6, "a workload that was added is captured");
+    let mut direct = open(one);
+    talk(&mut direct, 4);
+    assert_eq!(weir.opened(), 6, "one that was taken out is not");
+    assert!(
+        !weir.reload(&format!(
+            "{}- {{ netns: /run/netns/no-such, inbound: {{}} }}\n",
+            config(&[two])
+        ))
+    );
+    talk(&mut kept, 5);
+    let gone = kept.drain(..2).collect::<Vec<_>>();
+    drop((gone, direct));
+    until("its rules go with its last flow", || !tables(one).contains("inet weir"));
+    until("nothing of it is left", || net.is_clean_in(one));
+    assert!(weir.reload(&config(&[one, two, three])), "{}", weir.log());
+    let mut again = open(one);
+    talk(&mut again, 6);
+    talk(&mut kept, 7);
+    assert_eq!(weir.opened(), 8);
+    drop((again, kept, new));
     weir.end(&net);
 }
 

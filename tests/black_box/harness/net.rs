@@ -79,24 +79,27 @@ impl Net {
     /// between them and the node.
     pub(crate) fn with_pods() -> Net {
         let net = Net::new();
-        let client = net.namespace(Place::Client);
-        for pod in Net::PODS {
-            let (namespace, link) = (net.namespace(pod), net.link(pod));
-            run(&["ip", "netns", "add", &namespace]);
-            run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
-            let add = ["ip", "-n", &client, "link", "add", &link, "type", "veth"];
-            run(&[&add[..], &["peer", "name", "client", "netns", &namespace]].concat());
-            let ends = [(&namespace, "client", 2), (&client, link.as_str(), 1)];
-            for (namespace, link, host) in ends {
-                let (v4, v6) = (format!("{}/24", net.pod_v4(pod, host)), net.pod_v6(pod, host));
-                run(&["ip", "-n", namespace, "addr", "add", &v4, "dev", link]);
-                let v6 = format!("{v6}/64");
-                run(&["ip", "-n", namespace, "addr", "add", &v6, "dev", link, "nodad"]);
-                run(&["ip", "-n", namespace, "link", "set", link, "up"]);
-            }
-            net.set(pod, "net.ipv4.tcp_fwmark_accept=1");
-        }
+        Net::PODS.into_iter().for_each(|pod| net.add_pod(pod));
         net
+    }
+
+    /// The namespace of a workload, joined to the client.
+    pub(crate) fn add_pod(&self, pod: Place) {
+        let client = self.namespace(Place::Client);
+        let (namespace, link) = (self.namespace(pod), self.link(pod));
+        run(&["ip", "netns", "add", &namespace]);
+        run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
+        let add = ["ip", "-n", &client, "link", "add", &link, "type", "veth"];
+        run(&[&add[..], &["peer", "name", "client", "netns", &namespace]].concat());
+        let ends = [(&namespace, "client", 2), (&client, link.as_str(), 1)];
+        for (namespace, link, host) in ends {
+            let (v4, v6) = (format!("{}/24", self.pod_v4(pod, host)), self.pod_v6(pod, host));
+            run(&["ip", "-n", namespace, "addr", "add", &v4, "dev", link]);
+            let v6 = format!("{v6}/64");
+            run(&["ip", "-n", namespace, "addr", "add", &v6, "dev", link, "nodad"]);
+            run(&["ip", "-n", namespace, "link", "set", link, "up"]);
+        }
+        self.set(pod, "net.ipv4.tcp_fwmark_accept=1");
     }
 
     pub(crate) const PODS: [Place; 3] = [Place::Pod(0), Place::Pod(1), Place::Pod(2)];
