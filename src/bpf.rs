@@ -215,7 +215,6 @@ impl ConnectHook {
     /// Pins what shall stay. Says where all of that is, and which pins are new.
     fn pin(&self, pins: &Pins, new: &mut NewPins) -> Result<Vec<PathBuf>, HookError> {
         let mut wanted = Vec::new();
-<<<<<<< HEAD
         for attached in &self.attached {
             let Some(number) = number_of(&attached.cgroup) else { continue };
             for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
@@ -223,20 +222,8 @@ impl ConnectHook {
                 if pins::adopt(&place, number).is_none() {
                     pins::pin(link, &place)?;
                     new.0.push(place.clone());
-=======
-        if self.closed {
-            let pins = Pins::open()?;
-            for attached in &self.attached {
-                let Some(number) = number_of(&attached.cgroup) else { continue };
-                for (part, link) in attached.links.iter().filter(|(part, _)| part.redirects) {
-                    let place = pins.place(self.namespace, number, part.name);
-                    if pins::adopt(&place, number).is_none() {
-                        pins::pin(link, &place)?;
-                    }
-                    process::made(&format!("pin {}", part.name));
-                    wanted.push(place);
->>>>>>> c62c25b (capture: workloads come and go by reload, clear goes to each of them)
                 }
+                process::made(&format!("pin {}", part.name));
                 wanted.push(place);
             }
         }

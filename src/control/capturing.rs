@@ -148,7 +148,13 @@ impl Capturing {
         let mut places = Vec::with_capacity(prepared.len());
         for (place, prepared) in prepared {
             let Some(prepared) = prepared else { continue };
-            places.push(Taken::install(place, prepared)?);
+            match Taken::install(place, prepared) {
+                Ok(taken) => places.push(taken),
+                Err(error) => {
+                    places.iter_mut().for_each(Taken::abandon);
+                    return Err(error);
+                }
+            }
         }
         running.capturing.store(true, Ordering::Release);
         tracing::info!("capture is in place");
@@ -243,6 +249,13 @@ impl Taken {
         let losses = place.within(Losses::new)?;
         let counted = Counts::default();
         Ok(Taken { capture, counted, leaving: None, losses, missing: None, overruled, place })
+    }
+
+    /// The start failed elsewhere: nothing of it stays here.
+    fn abandon(&mut self) {
+        if let Some(capture) = &mut self.capture {
+            let _ = self.place.within(|| capture.abandon());
+        }
     }
 
     /// Takes no more connections.

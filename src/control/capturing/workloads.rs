@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::{Capturing, Taken};
-use crate::capture::Prepared;
+use crate::capture::{Capture, Prepared};
 use crate::config::{Captured, Config, SourceAddress};
 use crate::control::places::Place;
 use crate::control::{RunError, Running, listeners};
@@ -140,6 +140,7 @@ impl Taken {
         if self.place.is_gone() {
             let gone = leave();
             if gone {
+                self.capture.iter().for_each(Capture::unpin);
                 tracing::warn!(
                     workload = name,
                     "its network namespace is gone: capture has ended until it is there again"
