@@ -42,9 +42,10 @@ pub(crate) struct Serve {
     /// What to do with a connection
     #[arg(long, value_enum, default_value = "echo")]
     pub(crate) kind: serve::Kind,
-    /// Bytes of the messages to expect (buffers are made for them), or of the body of an answer (`http`)
-    #[arg(long, default_value_t = 64 << 10)]
-    pub(crate) size: usize,
+    /// Bytes of the messages to expect (buffers are made for them), or of the body of an answer
+    /// (`http`); 4096 for `echo`, 65536 for the others if not said
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) size: Option<usize>,
     /// Congestion control of its sockets; the system's if not said
     #[arg(long, value_name = "NAME")]
     pub(crate) congestion: Option<String>,

@@ -24,6 +24,8 @@ pub(crate) struct Engine {
     buffers: Vec<u8>,
     enters: u64,
     entries: Vec<BufRingEntry>,
+    /// Buffers that the kernel has.
+    free: u16,
     offset: usize,
     outgoing: Vec<u8>,
     tail: u16,
@@ -113,6 +115,7 @@ impl Engine {
             buffers: vec![0; usize::from(buffer_count) * buffer_bytes as usize],
             enters: 0,
             entries,
+            free: 0,
             offset: start,
             outgoing,
             tail: 0,
@@ -212,6 +215,11 @@ impl Engine {
         self.push(shutdown.flags(number.flags()), Kind::Shutdown, connection);
     }
 
+    /// Buffers that the kernel has and nobody here holds.
+    pub(crate) const fn free(&self) -> u16 {
+        self.free
+    }
+
     /// Times the kernel was entered.
     pub(crate) const fn enters(&self) -> u64 {
         self.enters
@@ -243,6 +251,7 @@ impl Engine {
         entry.set_len(self.buffer_bytes);
         entry.set_bid(buffer);
         self.tail = self.tail.wrapping_add(1);
+        self.free += 1;
         // SAFETY: `base` is the first entry of the registered ring.
         let tail = unsafe { BufRingEntry::tail(base) }.cast::<AtomicU16>();
         // SAFETY: two aligned bytes of ours that the kernel only reads.
@@ -275,6 +284,8 @@ impl Engine {
             more: cqueue::more(entry.flags()),
             result: entry.result(),
         }));
+        let taken = events.iter().filter(|event| event.buffer.is_some()).count();
+        self.free = self.free.saturating_sub(u16::try_from(taken).unwrap_or(u16::MAX));
         Ok(())
     }
 
@@ -314,7 +325,7 @@ impl Engine {
 fn buffers_for(message: usize) -> (u32, u16) {
     match message {
         0..=192 => (192, 2048),
-        193..=4096 => (4160, 512),
+        193..=4096 => (4160, 1024),
         _ => (64 << 10, 32),
     }
 }

@@ -151,7 +151,7 @@ fn server(arguments: &Run, listen: std::net::SocketAddr) -> Result<Server> {
         place: arguments.place.clone(),
         read_rate: 0,
         // An upload comes in large pieces, whatever the size of a message.
-        size: if arguments.kind == Kind::Upload { 64 << 10 } else { arguments.size.largest() },
+        size: (arguments.kind != Kind::Upload).then(|| arguments.size.largest()),
     })
 }
 

@@ -61,7 +61,7 @@ pub(crate) struct Server {
     events: Vec<Event>,
     listener: socket2::Socket,
     /// Receives that found no buffer; asked for again when one is back.
-    starved: Vec<usize>,
+    starved: VecDeque<usize>,
 }
 
 /// Serves until the process is ended.
@@ -110,10 +110,15 @@ impl Server {
     pub(crate) fn open(arguments: &Serve) -> Result<Server> {
         let listener =
             listen(arguments).with_context(|| format!("listen on {}", arguments.listen))?;
-        ensure!(arguments.size <= SIZE_MAX, "--size must be at most {SIZE_MAX}");
+        let size = arguments.size.unwrap_or(match arguments.kind {
+            // Many at once, or large ones in pieces.
+            Kind::Echo => 4096,
+            _ => 64 << 10,
+        });
+        ensure!(size <= SIZE_MAX, "--size must be at most {SIZE_MAX}");
         let places = place::descriptors_max().min(PLACES_MAX);
         let outgoing = match arguments.kind {
-            Kind::Http => http::answer(arguments.size),
+            Kind::Http => http::answer(size),
             _ if arguments.check => vec![0; CHECKED_BYTES * places as usize],
             _ => vec![b'Z'; SOURCE_BYTES],
         };
@@ -121,10 +126,10 @@ impl Server {
             arguments: arguments.clone(),
             connections: (0..places).map(|_| Connection::new()).collect(),
             due: BinaryHeap::new(),
-            engine: Engine::open(arguments.listen, outgoing, arguments.size, places)?,
+            engine: Engine::open(arguments.listen, outgoing, size, places)?,
             events: Vec::new(),
             listener,
-            starved: Vec::new(),
+            starved: VecDeque::new(),
         };
         server.engine.accept(server.listener.as_raw_fd());
         Ok(server)
@@ -140,11 +145,18 @@ impl Server {
         }
         let is_busy = !events.is_empty();
         self.events = events;
-        for connection in std::mem::take(&mut self.starved) {
+        self.wake();
+        self.feed();
+        Ok(is_busy)
+    }
+
+    /// Lets as many of those who found no buffer try again as there are buffers now: more would
+    /// only find out once more, which costs as much as an exchange.
+    fn feed(&mut self) {
+        for _ in 0..self.engine.free() {
+            let Some(connection) = self.starved.pop_front() else { return };
             self.receive(connection);
         }
-        self.wake();
-        Ok(is_busy)
     }
 
     /// Times the kernel was entered.
@@ -199,7 +211,7 @@ impl Server {
         match (event.buffer, u32::try_from(event.result)) {
             (Some(buffer), Ok(bytes @ 1..)) => self.look(index, buffer, bytes),
             (Some(buffer), _) => self.engine.recycle(buffer),
-            (None, _) if event.result == -libc::ENOBUFS => self.starved.push(index),
+            (None, _) if event.result == -libc::ENOBUFS => self.starved.push_back(index),
             (None, _) => self.ended(index),
         }
         if !event.more && event.result > 0 {
