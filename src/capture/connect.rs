@@ -8,6 +8,8 @@ use crate::bpf::HookPlan;
 pub(super) fn untracked(draft: &mut Draft, hook: &HookPlan) {
     for side in ["dport", "sport"] {
         let port = hook.port;
-        draft.rule(Hook::Output, format!("oifname lo tcp {side} {port} counter notrack accept"));
+        draft.rule(Hook::Output, format!("oif lo tcp {side} {port} counter notrack accept"));
     }
+    // It arrives as it left, and no socket need be looked up for it.
+    draft.first(Hook::Prerouting, format!("iif lo tcp dport {} accept", hook.port));
 }

@@ -73,7 +73,7 @@ pub(super) fn text(plan: &Plan) -> Result<Option<String>, CaptureError> {
         chains.add("inbound", None, &refused(inbound, &plan.own_ports));
         let rules = [
             format!("socket mark & {MARK_MASK:#x} == {OWN_MARK:#x} return"),
-            format!("iifname != \"lo\" {SYN} fib daddr type local jump inbound"),
+            format!("iif != lo {SYN} fib daddr type local jump inbound"),
         ];
         chains.add("input", Some("type filter hook input priority -10"), &rules);
         if inbound.any_destination {

@@ -18,10 +18,7 @@ pub(super) fn inbound(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16]) {
     let included = ports(&inbound.include);
     rules.push(format!("{family}tcp dport {included} counter redirect to :{port}"));
     draft.taking("inbound", rules);
-    draft.rule(
-        Hook::PreroutingNat,
-        "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
-    );
+    draft.rule(Hook::PreroutingNat, "iif != lo meta l4proto tcp fib daddr type local jump inbound");
     refuse_loops(draft, port);
     count_rewritten(draft, port);
 }

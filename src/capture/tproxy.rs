@@ -32,15 +32,12 @@ pub(super) fn inbound(
     let included = ports(&inbound.include);
     rules.push(format!("tcp dport {included} {to} counter notrack accept"));
     draft.taking("inbound", rules);
-    draft.rule(
-        Hook::Prerouting,
-        "iifname != \"lo\" meta l4proto tcp fib daddr type local jump inbound",
-    );
+    draft.rule(Hook::Prerouting, "iif != lo meta l4proto tcp fib daddr type local jump inbound");
     if inbound.any_destination {
         foreign(draft, inbound, own_ports, &to);
     }
     if !accepts_marks {
-        draft.rule(Hook::Output, format!("oifname lo tcp sport {included} counter notrack accept"));
+        draft.rule(Hook::Output, format!("oif lo tcp sport {included} counter notrack accept"));
     }
 }
 
@@ -55,7 +52,7 @@ fn foreign(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16], to: &str) {
     draft.first(
         Hook::Prerouting,
         format!(
-            "iifname != \"lo\" tcp dport != {port} socket transparent 1 fib daddr type unicast {lead} \
+            "iif != lo tcp dport != {port} socket transparent 1 fib daddr type unicast {lead} \
              counter notrack accept"
         ),
     );
@@ -64,7 +61,7 @@ fn foreign(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16], to: &str) {
     draft.taking("inbound_foreign", rules);
     draft.rule(
         Hook::Prerouting,
-        "iifname != \"lo\" tcp flags & (syn | ack) == syn fib daddr type unicast jump inbound_foreign",
+        "iif != lo tcp flags & (syn | ack) == syn fib daddr type unicast jump inbound_foreign",
     );
 }
 
@@ -115,10 +112,11 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     follow(draft, first);
     for (family, to) in LOOPBACKS {
         let port = first.port;
-        draft.rule(
+        // Before what is let through because it is ours: this mark looks much like those.
+        draft.first(
             Hook::Prerouting,
             format!(
-                "iifname \"lo\" meta l4proto tcp meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} \
+                "iif lo meta l4proto tcp meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} \
                  tproxy {family} to {to}:{port} counter notrack accept"
             ),
         );
