@@ -238,6 +238,17 @@ impl Ring {
         self.push_quiet(opcode::Close::new(fd).build());
     }
 
+    /// Has the kernel ask the peer now and then whether it still lives, as the profile says. For
+    /// sockets that have lasted a while: it costs four options and a timer.
+    pub fn keep_alive(&mut self, flow: FlowId, side: Side) {
+        let fd = self.socket(flow, side);
+        for index in 0..self.dial.count() {
+            let Some(option) = self.dial.lasting(index) else { continue };
+            let request = option.request(fd);
+            self.push_quiet(request);
+        }
+    }
+
     /// Ends a request early; its own event, which still comes, says whether it did. A cancel that
     /// comes too soon for the kernel is repeated. Only for requests that are in flight.
     pub fn cancel(&mut self, target: Token) {

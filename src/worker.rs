@@ -460,7 +460,7 @@ impl Worker {
             slab: Slab::new(flows_max, listening.hands_out_slots()),
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
-            ticks: TimerTicks::new(&profile.timeouts),
+            ticks: TimerTicks::new(&profile.timeouts, profile.sockets.keepalive.is_some()),
             trial: (can.splice && profile.relay.mode == RelayMode::Auto).then(Trial::new),
             wheel: Wheel::new(flows_max),
             counters,

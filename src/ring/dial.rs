@@ -47,6 +47,8 @@ enum When {
     BoundV6,
     /// Bound to somebody else's address, and to an address of this host.
     Here,
+    /// Of flows that last, see `Ring::keep_alive`.
+    Lasting,
     /// All but these.
     NotHere,
 }
@@ -76,10 +78,6 @@ impl DialOptions {
         let mut options = DialOptions { list: Vec::new() };
         options.add(When::BoundV4, "IP_TRANSPARENT", (libc::SOL_IP, libc::IP_TRANSPARENT), 1);
         options.add(When::BoundV6, "IPV6_TRANSPARENT", (libc::SOL_IPV6, libc::IPV6_TRANSPARENT), 1);
-        // Let connect choose the port, when it knows the destination: bind would have to find one
-        // that is free for every destination (ip(7)).
-        let late = (libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT);
-        options.add(When::Bound, "IP_BIND_ADDRESS_NO_PORT", late, 1);
         // A port is free again for another destination while it lingers in TIME_WAIT.
         options.add(When::Bound, "SO_REUSEADDR", (libc::SOL_SOCKET, libc::SO_REUSEADDR), 1);
         if let Some(Marks { bound, unbound }) = marks {
@@ -105,14 +103,18 @@ impl DialOptions {
     }
 
     /// Sets them on a listener, from which accepted sockets inherit all of it (`sk_clone_lock` in
-    /// net/core/sock.c); all but the mark, by which a listener's own handshakes are told apart.
+    /// net/core/sock.c); all but the mark, by which a listener's own handshakes are told apart, and
+    /// keepalive itself, of which they inherit only how often.
     ///
     /// # Errors
     ///
     /// `RingError::Option`, with the name of the option that the kernel refuses.
     pub fn tune(&self, listener: BorrowedFd<'_>) -> Result<(), RingError> {
-        for option in self.list.iter().filter(|option| option.when == When::Always) {
-            let DialOption { label, level, name, .. } = *option;
+        for option in &self.list {
+            let DialOption { label, level, name, when, .. } = *option;
+            if !matches!(when, When::Always | When::Lasting) || name == libc::SO_KEEPALIVE {
+                continue;
+            }
             let set = match &option.value {
                 Value::Number(number) => {
                     socket::set_option(listener, level, name, &number.to_ne_bytes())
@@ -135,10 +137,16 @@ impl DialOptions {
             When::Always => true,
             When::Bound => from.is_some(),
             When::Here => from.is_some_and(|from| !from.abroad),
+            When::Lasting => false,
             When::NotHere => from.is_none_or(|from| from.abroad),
             When::BoundV4 => from.is_some_and(|from| from.addr.is_ipv4()),
             When::BoundV6 => from.is_some_and(|from| from.addr.is_ipv6()),
         })
+    }
+
+    /// Option `index`, if it is for flows that last.
+    pub(super) fn lasting(&self, index: usize) -> Option<&DialOption> {
+        self.list.get(index).filter(|option| option.when == When::Lasting)
     }
 
     fn add_sizes(&mut self, sockets: &Sockets) {
@@ -159,20 +167,14 @@ impl DialOptions {
         if let Some(keepalive) = sockets.keepalive {
             let tcp = libc::IPPROTO_TCP;
             let probes = i32::try_from(keepalive.probes).unwrap_or(i32::MAX);
-            self.add(When::Always, "SO_KEEPALIVE", (libc::SOL_SOCKET, libc::SO_KEEPALIVE), 1);
-            self.add(
-                When::Always,
-                "TCP_KEEPIDLE",
-                (tcp, libc::TCP_KEEPIDLE),
-                seconds(keepalive.idle),
-            );
-            self.add(
-                When::Always,
-                "TCP_KEEPINTVL",
-                (tcp, libc::TCP_KEEPINTVL),
-                seconds(keepalive.interval),
-            );
-            self.add(When::Always, "TCP_KEEPCNT", (tcp, libc::TCP_KEEPCNT), probes);
+            let (idle, interval) = (seconds(keepalive.idle), seconds(keepalive.interval));
+            let on = (libc::SOL_SOCKET, libc::SO_KEEPALIVE);
+            // In this order: the time that a flow was idle already counts (`tcp_sock_set_keepidle`
+            // in net/ipv4/tcp.c).
+            self.add(When::Lasting, "SO_KEEPALIVE", on, 1);
+            self.add(When::Lasting, "TCP_KEEPIDLE", (tcp, libc::TCP_KEEPIDLE), idle);
+            self.add(When::Lasting, "TCP_KEEPINTVL", (tcp, libc::TCP_KEEPINTVL), interval);
+            self.add(When::Lasting, "TCP_KEEPCNT", (tcp, libc::TCP_KEEPCNT), probes);
         }
         if !sockets.user_timeout.is_zero() {
             let millis = i32::try_from(sockets.user_timeout.as_millis()).unwrap_or(i32::MAX);
@@ -240,7 +242,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let socket = SockRef::from(&accepted);
-        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert!(socket.tcp_nodelay().unwrap() && !socket.keepalive().unwrap());
         assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(61));
         assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(7));
         assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);

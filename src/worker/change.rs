@@ -53,9 +53,9 @@ impl Worker {
         }
     }
 
-    /// Timers that are set already run out by the new times.
+    /// Timers that are set already run out by the new times: every flow is looked at anew.
     fn retime(&mut self, timeouts: &Timeouts) {
-        self.ticks = TimerTicks::new(timeouts);
+        self.ticks = TimerTicks::new(timeouts, self.setup.profile.sockets.keepalive.is_some());
         self.exchanging.retime(&self.setup.profile, timeouts);
         for slot in (0..self.slab.slots()).map(FlowId::new) {
             if let Some(entry) = self.slab.entry(slot).filter(|entry| entry.flow.is_some()) {

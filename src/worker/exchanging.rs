@@ -103,6 +103,8 @@ impl Worker {
         self.began(listener);
         self.counters.flows_active.add(1);
         self.ring.adopt(slot, fd);
+        // Those who call services by request call for long.
+        self.ring.keep_alive(slot, Side::Downstream);
         let (spent, key) = (self.exchanging.spent.pop(), key_of(downstream.addr().ip()));
         let exchange =
             self.with_means(listener, |means| Exchange::open((slot, protocol, key), spent, means));
@@ -115,8 +117,11 @@ impl Worker {
 
     /// One completion for one exchange.
     pub(super) fn step_exchange(&mut self, head: FlowId, slot: FlowId, completion: Completion) {
-        if matches!(completion, Completion::Connected(_)) {
+        if let Completion::Connected(result) = completion {
             self.listening.connect_ended();
+            if result.is_ok() {
+                self.ring.keep_alive(slot, Side::Upstream);
+            }
         }
         self.drive_exchange(head, |exchange, means| exchange.step(slot, completion, means));
     }

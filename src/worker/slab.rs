@@ -69,6 +69,8 @@ pub(super) struct Times {
     pub(super) asked: Option<u32>,
     /// Since when it has had a deaf side (`Flow::is_deaf`).
     pub(super) deaf_since: Option<u32>,
+    /// It has lasted, and the kernel asks its peers whether they live.
+    pub(super) is_kept_alive: bool,
     /// The timer of its slot also stands for a look at that.
     pub(super) look_due: bool,
     pub(super) opened: u32,
@@ -199,8 +201,15 @@ impl Slab {
 }
 
 impl Times {
-    const UNSET: Times =
-        Times { active: 0, asked: None, deaf_since: None, look_due: false, opened: 0, timer: None };
+    const UNSET: Times = Times {
+        active: 0,
+        asked: None,
+        deaf_since: None,
+        is_kept_alive: false,
+        look_due: false,
+        opened: 0,
+        timer: None,
+    };
 }
 
 impl Entry {

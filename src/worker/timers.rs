@@ -21,6 +21,8 @@ pub(super) struct TimerTicks {
     deaf: u32,
     half_closed: u32,
     idle: Option<u32>,
+    /// The age at which a flow is kept alive; `None` where none is.
+    lasting: Option<u32>,
 }
 
 impl Worker {
@@ -42,6 +44,10 @@ impl Worker {
                     self.step(slot, Completion::Expired(timer));
                 }
                 continue;
+            }
+            if self.ticks.lasting(times).is_some_and(|at| is_past(at, now)) {
+                times.is_kept_alive = true;
+                Side::BOTH.into_iter().for_each(|side| self.ring.keep_alive(slot, side));
             }
             let is_deaf = self.ticks.look(times).is_some_and(|at| is_past(at, now));
             if is_deaf {
@@ -85,12 +91,13 @@ impl Worker {
 }
 
 impl TimerTicks {
-    pub(super) fn new(timeouts: &Timeouts) -> TimerTicks {
+    pub(super) fn new(timeouts: &Timeouts, keeps_alive: bool) -> TimerTicks {
         TimerTicks {
             connect: Clock::ticks(timeouts.connect),
             deaf: Clock::ticks(DEAF_MAX),
             half_closed: Clock::ticks(timeouts.half_closed),
             idle: (!timeouts.idle.is_zero()).then(|| Clock::ticks(timeouts.idle)),
+            lasting: keeps_alive.then(|| Clock::ticks(LASTING_AFTER)),
         }
     }
 
@@ -98,7 +105,11 @@ impl TimerTicks {
     pub(super) fn set(self, wheel: &mut Wheel, slot: FlowId, times: &mut Times) {
         let look = self.look(times);
         times.look_due = look.is_some();
-        match [self.deadline(times), look].into_iter().flatten().reduce(earlier) {
+        match [self.deadline(times), self.lasting(times), look]
+            .into_iter()
+            .flatten()
+            .reduce(earlier)
+        {
             Some(at) => wheel.set(slot.slot(), at),
             None => wheel.clear(slot.slot()),
         }
@@ -112,6 +123,13 @@ impl TimerTicks {
             Timer::Idle => (times.active, self.idle),
         };
         Some(since.wrapping_add(ticks?))
+    }
+
+    /// When a connected flow counts as one that lasts; `None` if it does already.
+    fn lasting(self, times: &Times) -> Option<u32> {
+        let is_connected = matches!(times.timer, Some(Timer::HalfClosed | Timer::Idle));
+        let after = self.lasting.filter(|_| is_connected && !times.is_kept_alive)?;
+        Some(times.opened.wrapping_add(after))
     }
 
     /// When it has been deaf for long enough to be watched.
@@ -132,5 +150,7 @@ const fn is_past(tick: u32, now: u32) -> bool {
 
 /// A reset of a stalled flow is passed on that late; long enough for no busy flow to be watched.
 const DEAF_MAX: Duration = Duration::from_millis(250);
+/// Most flows are over by then, and the shortest keepalive begins no sooner.
+const LASTING_AFTER: Duration = Duration::from_secs(1);
 /// The kernel answers in the next turn, which may be a long one. A timer is late by as much.
 const ANSWER_WITHIN: Duration = Duration::from_millis(50);

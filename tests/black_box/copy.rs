@@ -124,6 +124,19 @@ fn peer_that_lost_power_is_given_up() {
     rig.end();
 }
 
+/// RL9: both peers are asked whether they live, once a flow has lasted a second.
+#[test]
+fn flow_that_lasts_is_kept_alive_on_both_sides() {
+    let rig =
+        Rig::with("sockets:\n  keepalive: { idle_ms: 77000, interval_ms: 1000, probes: 2 }\n");
+    let pair = rig.pair();
+    let alive = || rig.net.run(Place::Node, &["ss", "-tnoH", "state", "established"]);
+    // The client of `weir status` has no TCP: these are the flow's sockets, and no others.
+    until("asked", || alive().matches("timer:(keepalive,1min1").count() == 2);
+    drop(pair);
+    rig.end();
+}
+
 /// RL10: a flow of which one direction has ended and the other is silent does not stay for ever.
 #[test]
 fn half_closed_and_silent_flow_is_reset() {
