@@ -325,10 +325,13 @@ impl Flow {
     /// and end it with each pause. So are both that the kernel reads or writes: nobody in user space
     /// would find out.
     fn watch(&mut self, was_deaf: bool, ops: &mut Ops) {
+        let is_joined = self.bond == Bond::Joined;
+        if !is_joined && !was_deaf {
+            return;
+        }
         for side in Side::BOTH {
             let is_watched = self.in_flight.contains(Request::Watch(side));
-            let is_joined = self.bond == Bond::Joined && !is_watched;
-            if is_joined || (was_deaf && self.wants_watch(side)) {
+            if is_joined && !is_watched || was_deaf && self.wants_watch(side) {
                 self.request(Op::Watch(side), ops);
             }
         }
@@ -397,6 +400,9 @@ impl Flow {
     fn lend(&mut self, ops: &mut Ops) {
         let wants = |half: &Half| matches!(half.path, Path::Joining | Path::Leaving | Path::Splice);
         let wanted = wants(&self.from_downstream) || wants(&self.from_upstream);
+        if !wanted && self.lent == 0 {
+            return;
+        }
         let mut asked = false;
         for side in Side::BOTH {
             let is_here = self.lent & bit(side) != 0;
@@ -415,6 +421,9 @@ impl Flow {
     ///
     /// The last FIN needs no request of its own: closing the sockets sends it.
     fn finish(&mut self, segments: &mut Segments, ops: &mut Ops) {
+        if !self.from_downstream.source_ended && !self.from_upstream.source_ended {
+            return;
+        }
         let done = |half: &Half| half.is_flushed() || half.target == Target::Ended;
         if done(&self.from_downstream) && done(&self.from_upstream) {
             return self.close(CloseReason::Finished, segments, ops);

@@ -21,7 +21,7 @@ use std::time::Duration;
 use crate::bpf::sockmap::Sockmap;
 use crate::capture::{OwnPorts, Records, SourcePorts};
 use crate::config::ProxyProtocol;
-use crate::flow::{Can, Rules, Segments};
+use crate::flow::{Can, Ops, Rules, Segments};
 use crate::metrics::{Counters, Origin};
 use crate::op::Relay;
 use crate::profile::{Profile, RelayMode, Timeouts};
@@ -450,6 +450,7 @@ impl Worker {
             forwarded: sockmap.map(|sockmap| Forwarded::new(sockmap, flows_max)),
             inside: setup.home.number,
             mailbox,
+            ops: Ops::new(),
             peeking: Peeking::new(if listening.has_named() { flows_max } else { 0 }),
             ring,
             rules: Rules::new(&profile, can),

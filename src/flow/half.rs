@@ -99,7 +99,6 @@ impl Half {
     /// Changes the path where it is empty and another one serves better; true if it did, and then
     /// there may be more to change. `lent`: the descriptors of both sides are here.
     pub(super) fn steer(&mut self, rules: &Rules, lent: bool) -> bool {
-        let before = self.path;
         let never = rules.splice == Promotion::Never;
         match self.path {
             Path::Copy if self.deserves_splice(rules) => self.path = Path::Leaving,
@@ -116,9 +115,9 @@ impl Half {
             Path::Splice if self.splicing.wants_out() && self.splicing.is_over() => {
                 self.return_to_copy();
             }
-            _ => {}
+            _ => return false,
         }
-        self.path != before
+        true
     }
 
     /// The next path cannot be had: copy for a while.

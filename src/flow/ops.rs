@@ -4,7 +4,7 @@
 use crate::op::Op;
 
 /// What a step asked for, in order.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Ops {
     len: u8,
     list: [Op; Ops::MAX],
@@ -30,10 +30,9 @@ impl Ops {
     }
 
     /// Takes all of them out, in the order they were asked for.
-    pub fn drain(&mut self) -> impl Iterator<Item = Op> + use<> {
-        let all = *self;
-        self.len = 0;
-        all.list.into_iter().take(usize::from(all.len))
+    pub fn drain(&mut self) -> impl Iterator<Item = Op> + '_ {
+        let asked = std::mem::take(&mut self.len);
+        self.list.iter().take(usize::from(asked)).copied()
     }
 }
 

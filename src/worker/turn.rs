@@ -43,6 +43,8 @@ pub(super) struct Worker {
     pub(super) inside: u32,
     pub(super) listening: Listening,
     pub(super) mailbox: Arc<Mailbox>,
+    /// What the step at hand asks for; empty between two.
+    pub(super) ops: Ops,
     pub(super) peeking: Peeking,
     pub(super) ring: Ring,
     pub(super) rules: Rules,
@@ -161,18 +163,18 @@ impl Worker {
 
     /// Begins a flow in `slot`, whose downstream socket the ring holds already.
     pub(super) fn open(&mut self, slot: FlowId, peers: Peers, lead: Option<Segment>) {
-        let mut ops = Ops::new();
-        let flow = Flow::open(lead, &self.rules, &mut self.segments, &mut ops);
+        let flow = Flow::open(lead, &self.rules, &mut self.segments, &mut self.ops);
         let now = self.clock.now();
         if self.slab.claim(slot, flow, peers, now).is_none() {
             // Only a kernel that hands out a taken slot gets here: give the socket back.
             self.counters.completions_stale.add(1);
             lead.into_iter().for_each(|lead| self.segments.free(lead.buffer));
+            self.ops = Ops::new();
             return self.ring.close(slot, Side::Downstream, true);
         }
         self.counters.flows_active.add(1);
         self.listening.connect_began();
-        self.carry(slot, &mut ops);
+        self.carry(slot);
         self.settle(slot);
     }
 
@@ -185,8 +187,7 @@ impl Worker {
         let Some(flow) = entry.flow.as_mut() else { return };
         let was_connecting = flow.is_connecting();
         let before = Side::BOTH.map(|from| (flow.relay(from), flow.moved_bytes(from)));
-        let mut ops = Ops::new();
-        flow.step(completion, &self.rules, &mut self.segments, &mut ops);
+        flow.step(completion, &self.rules, &mut self.segments, &mut self.ops);
         if completion != Completion::Deaf {
             entry.times.active = self.clock.now();
         }
@@ -201,16 +202,15 @@ impl Worker {
             self.counters.changed(relay, flow.relay(from));
         }
         self.counters.fell(flow.take_fall());
-        self.carry(slot, &mut ops);
+        self.carry(slot);
         self.settle(slot);
     }
 
     /// Takes the operations of one step to the ring.
-    fn carry(&mut self, slot: FlowId, ops: &mut Ops) {
+    fn carry(&mut self, slot: FlowId) {
         let Some(entry) = self.slab.entry(slot) else { return };
-        let Some(flow) = entry.flow else { return };
         let generation = entry.generation;
-        for op in ops.drain() {
+        for op in self.ops.drain() {
             let token = |kind| Token::new(kind, slot, generation);
             match op {
                 Op::AwaitBuffers(side) => {
@@ -243,6 +243,7 @@ impl Worker {
                     self.ring.receive(token, side, credit_bytes, pool);
                 }
                 Op::Send { from, segments } => {
+                    let Some(flow) = &entry.flow else { continue };
                     let queue = self.segments.iter(flow.queue(from)).take(usize::from(segments));
                     self.ring.send(token(Kind::of(Request::Send(from))), from.other(), queue);
                 }
