@@ -8,12 +8,15 @@
  * space. Once it has passed a byte of a direction it passes all that follow: order is kept without
  * any hand-shake, and nothing ever leaves a map in mid-stream, which would lose bytes.
  *
- * Three things that the kernel leaves to this program:
+ * Four things that the kernel leaves to this program:
  *
  * - Redirecting knows no back-pressure. A segment is redirected only if the other socket can take
  *   it at once and its peer is not too far behind, so that nothing waits outside a send buffer.
  * - A retransmitted segment may overlap bytes that came before. recv(2) skips them, the way to
  *   this program does not: they are trimmed by sequence number.
+ * - A segment that is passed while this very socket still has redirected ones to send waits behind
+ *   them in a queue that is charged to nobody, and the peer's window stays open. So once a direction
+ *   is passed for being behind, nothing is redirected into its source any more.
  * - The FIN arrives as a segment without bytes. Redirected, or passed while something is on its way
  *   to this very socket, it goes through a queue that takes an empty segment for a broken socket.
  */
@@ -193,6 +196,15 @@ static __always_inline __u32 reason_to_pass(struct direction *direction, __u32 t
 	return reason;
 }
 
+/* The other direction was left to user space, and not because weir asked for it. */
+static __always_inline int partner_is_behind(__u32 place)
+{
+	__u32 partner = place ^ 1;
+	struct direction *other = bpf_map_lookup_elem(&directions, &partner);
+
+	return other && other->passes > PASS_ASKED;
+}
+
 SEC("sk_skb/stream_verdict")
 int weir_forward(struct __sk_buff *skb)
 {
@@ -221,7 +233,9 @@ int weir_forward(struct __sk_buff *skb)
 	if (!len)
 		return SK_DROP;
 	if (!direction->passes) {
-		__u32 reason = reason_to_pass(direction, place ^ 1, len);
+		__u32 reason = partner_is_behind(place) ?
+				       PASS_PARTNER :
+				       reason_to_pass(direction, place ^ 1, len);
 
 		if (reason == PASS_NOTHING) {
 			if (bpf_sk_redirect_map(skb, &targets, place ^ 1, 0) == SK_PASS) {

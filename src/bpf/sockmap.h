@@ -24,6 +24,7 @@ enum pass {
 	PASS_CREDIT,      /* the peer is behind by more than the credit */
 	PASS_ROOM,        /* the target's send buffer is half full */
 	PASS_TARGET_GONE, /* the target has been reset or closed */
+	PASS_PARTNER,     /* the other direction was left to user space for one of these */
 };
 
 /* What TCP may charge to a send buffer on top of a segment's bytes. */

@@ -42,6 +42,8 @@ pub enum Pass {
     Asked,
     /// The peer is behind by more than the credit.
     Credit,
+    /// The other direction was left to user space, and not because weir wanted it.
+    Partner,
     /// The target's send buffer is half full.
     Room,
     /// The target has been reset or closed.
@@ -81,6 +83,7 @@ impl Directions {
             PASS_ASKED => Some(Pass::Asked),
             2 => Some(Pass::Credit),
             3 => Some(Pass::Room),
+            5 => Some(Pass::Partner),
             _ => Some(Pass::TargetGone),
         };
         Progress {

@@ -141,6 +141,27 @@ fn full_table_refuses_until_a_pair_is_forgotten() {
     sockmap.forget(third);
 }
 
+/// What is passed while redirected segments wait to be sent on the same socket is charged to nobody:
+/// so once one direction is passed for its reader's sake, nothing is redirected into its source.
+#[test]
+fn direction_whose_partner_is_behind_is_passed_too() {
+    let Some(mut sockmap) = sockmap() else { return };
+    let ([mut client, downstream], [mut upstream, mut server]) = (connected(), connected());
+    let pair = sockmap.join(downstream.as_fd(), upstream.as_fd()).unwrap();
+    server.write_all(b"before").unwrap();
+    assert_eq!(read(&mut client, 6), b"before");
+    client.set_nonblocking(true).unwrap();
+    until(|| {
+        while client.write(&[1; 16384]).is_ok() {}
+        sockmap.progress(&pair, Side::Downstream).pass.is_some()
+    });
+    server.write_all(b"after").unwrap();
+    assert_eq!(read(&mut upstream, 5), b"after");
+    let progress = sockmap.progress(&pair, Side::Upstream);
+    assert_eq!((progress.forwarded, progress.passed), (6, 5));
+    assert_eq!(progress.pass, Some(Pass::Partner));
+}
+
 /// Segments that overlap what came before, as a kernel under memory pressure sends them, are cut:
 /// those that are redirected and those that are passed, over the end of the sequence numbers, and
 /// when nothing but a FIN is left of them.
