@@ -67,6 +67,7 @@ struct Rig<'a> {
     /// The relay's own sockets: downstream, upstream.
     joined: [TcpStream; 2],
     pair: Pair,
+    server_reads: bool,
     sockmap: &'a mut Sockmap,
 }
 
@@ -112,6 +113,7 @@ impl Sockmap {
             ends: [client, server],
             joined: [downstream, upstream],
             pair,
+            server_reads: !case.slow_reader,
             sockmap: self,
         };
         let result = rig.run().map_err(failed);
@@ -125,7 +127,6 @@ impl Sockmap {
 impl Rig<'_> {
     fn run(&mut self) -> Result<(), String> {
         let mut last = Instant::now();
-        let mut server_reads = !self.case.slow_reader;
         while !self.courses.iter().all(|course| course.has_fin) {
             let before = self.moved();
             for side in Side::BOTH {
@@ -133,12 +134,12 @@ impl Rig<'_> {
                     self.write(side)?;
                 }
                 self.carry_on(side)?;
-                if side == Side::Upstream || server_reads {
+                if side == Side::Upstream || self.server_reads {
                     self.read(side)?;
                 }
             }
-            if !server_reads {
-                server_reads = self.is_stuck()?;
+            if !self.server_reads {
+                self.server_reads = self.is_stuck()?;
             }
             if self.moved() != before {
                 last = Instant::now();
@@ -155,8 +156,8 @@ impl Rig<'_> {
     /// it is to be held up, it sends a little at a time: what the kernel's own thread had no time
     /// for yet, on a busy machine, is in nobody's buffer.
     fn write(&mut self, from: Side) -> Result<(), String> {
-        let steps = if self.case.slow_reader { 1 } else { usize::MAX };
-        if self.case.slow_reader && !self.is_settled() {
+        let steps = if self.server_reads { usize::MAX } else { 1 };
+        if !self.server_reads && !self.is_settled() {
             return Ok(());
         }
         let may_end = from == Side::Downstream || self.courses[0].has_fin;
