@@ -54,6 +54,7 @@ mod places;
 mod proxy_header;
 mod slab;
 mod sockmap;
+mod sources;
 #[cfg(test)]
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;

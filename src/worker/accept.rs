@@ -4,8 +4,8 @@
 //! Invariants: a connection the kernel handed over is served or reset, never forgotten; an own
 //! port is never dialled; nobody accepts while descriptors, flows or pending connects are short.
 
-use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use super::destination::Destination;
 use super::loops::LoopWatch;
 use super::proxy_header::Header;
 use super::slab::Peers;
+use super::sources::Sources;
 use super::turn::Worker;
 use super::wheel::Clock;
 use super::{Listener, Place, Route, Setup};
@@ -86,12 +87,6 @@ enum Accept {
     One,
     /// None in flight, and there will be none.
     Over,
-}
-
-/// Open flows by the address they come from; counts only when there is a limit.
-struct Sources {
-    flows: HashMap<IpAddr, u32>,
-    max: u32,
 }
 
 impl Worker {
@@ -555,33 +550,6 @@ impl State {
     fn end(&mut self) {
         self.accept = Accept::Over;
         self.fd = None;
-    }
-}
-
-impl Sources {
-    fn new(max: u32, flows_max: u32) -> Sources {
-        let room = if max == 0 { 0 } else { flows_max as usize * 2 };
-        Sources { flows: HashMap::with_capacity(room), max }
-    }
-
-    /// Counts one more flow from `source`; false if it has too many already.
-    fn enter(&mut self, source: IpAddr) -> bool {
-        if self.max == 0 {
-            return true;
-        }
-        let flows = self.flows.entry(source).or_insert(0);
-        let fits = *flows < self.max;
-        *flows += u32::from(fits);
-        fits
-    }
-
-    fn leave(&mut self, source: IpAddr) {
-        if let Some(flows) = self.flows.get_mut(&source) {
-            *flows -= 1;
-            if *flows == 0 {
-                self.flows.remove(&source);
-            }
-        }
     }
 }
 
