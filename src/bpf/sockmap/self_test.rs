@@ -8,6 +8,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
@@ -169,7 +170,7 @@ impl Rig<'_> {
             }
             let left = usize::try_from(course.total - course.sent).unwrap_or(CHUNK_BYTES);
             let bytes = words(course.sent, left.min(CHUNK_BYTES));
-            let sent = would_block(end.write(&bytes)).map_err(|error| format!("send: {error}"))?;
+            let sent = would_block(end.write(bytes)).map_err(|error| format!("send: {error}"))?;
             course.end_blocked = sent.is_none();
             let Some(sent) = sent else { break };
             course.sent += sent as u64;
@@ -235,7 +236,7 @@ impl Rig<'_> {
             let read =
                 would_block(end.read(&mut chunk)).map_err(|error| format!("receive: {error}"))?;
             let Some(read) = read else { break };
-            if chunk[..read] != words(course.received, read) {
+            if &chunk[..read] != words(course.received, read) {
                 return Err(format!("wrong bytes after {}", course.received));
             }
             course.received += read as u64;
@@ -341,15 +342,22 @@ fn would_block(result: io::Result<usize>) -> io::Result<Option<usize>> {
     }
 }
 
-/// `len` bytes, from number `from`, of a stream in which every word says where it stands.
-fn words(from: u64, len: usize) -> Vec<u8> {
-    let word = |position: u64| position.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    let cut = usize::try_from(from % 8).unwrap_or(0);
-    (from / 8..).flat_map(word).skip(cut).take(len).collect()
+/// The bytes from position `from` on, at most `CHUNK_BYTES`: words that tell where they stand, again
+/// and again after a number of bytes that no buffer has.
+fn words(from: u64, len: usize) -> &'static [u8] {
+    static ALL: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let word = |position: u64| position.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+        let once: Vec<u8> = (1..=PERIOD_BYTES / 8).flat_map(word).collect();
+        [once.as_slice(), once.get(..CHUNK_BYTES).unwrap_or_default()].concat()
+    });
+    let at = usize::try_from(from % PERIOD_BYTES).unwrap_or_default();
+    ALL.get(at..at + len).unwrap_or_default()
 }
 
 /// Bytes of one read or write.
 const CHUNK_BYTES: usize = 16 << 10;
+/// A prime number of words.
+const PERIOD_BYTES: u64 = 8 * 8191;
 /// Nothing has moved for so long, on a machine that may be busy: it never will.
 const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_micros(100);
