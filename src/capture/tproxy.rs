@@ -101,15 +101,6 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     takes.push(format!("counter name {NO_ROOM}"));
     draft.object(format!("counter {NO_ROOM} {{ }}"));
     draft.chain("take", takes);
-    for (index, one) in list.iter().enumerate() {
-        let (chain, take) = (format!("outbound_tproxy_{index}"), tell_apart(draft, list, index));
-        draft.taking(&chain, taken(one, &format!("goto {take}"))?);
-        draft.rule(
-            Hook::Output,
-            format!("tcp flags & (syn | ack) == syn fib daddr type != local jump {chain}"),
-        );
-    }
-    follow(draft, first);
     for (family, to) in LOOPBACKS {
         let port = first.port;
         // Before what is let through because it is ours: this mark looks much like those.
@@ -121,6 +112,15 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
             ),
         );
     }
+    for (index, one) in list.iter().enumerate() {
+        let (chain, take) = (format!("outbound_tproxy_{index}"), tell_apart(draft, list, index));
+        draft.taking(&chain, taken(one, &format!("goto {take}"))?);
+        draft.rule(
+            Hook::Output,
+            format!("tcp flags & (syn | ack) == syn fib daddr type != local jump {chain}"),
+        );
+    }
+    follow(draft, first);
     Ok(())
 }
 
@@ -138,10 +138,11 @@ fn tell_apart(draft: &mut Draft, list: &[&Netfilter], index: usize) -> String {
         let own = dialled(index);
         rules.push(format!("add @{own} {{ {to} timeout {CONNECTING_SECONDS}s }}"));
         let port = one.port;
-        draft.rule(
+        // Before the rule for all of them.
+        draft.first(
             Hook::Prerouting,
             format!(
-                "iifname \"lo\" meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} tcp flags & (syn | ack) \
+                "iif lo meta mark & {MARK_MASK:#x} == {OUTBOUND_MARK:#x} tcp flags & (syn | ack) \
                  == syn {to} @{own} tproxy {word} to {ip}:{port} counter notrack accept"
             ),
         );

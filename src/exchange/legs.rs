@@ -356,6 +356,11 @@ impl Legs {
         self.get_any(index).filter(|leg| !matches!(leg.state, State::Closing { .. }))
     }
 
+    /// A leg that goes on, perhaps with another endpoint: what comes for it is kept.
+    pub(super) fn get_lasting(&mut self, index: usize) -> Option<&mut Leg> {
+        self.get_any(index).filter(|leg| !matches!(leg.state, State::Closing { again: false }))
+    }
+
     pub(super) fn get_any(&mut self, index: usize) -> Option<&mut Leg> {
         self.list.get_mut(index)?.as_mut()
     }

@@ -114,6 +114,10 @@ impl Exchange {
         let is_over = |at: u32| at.wrapping_sub(now).cast_signed() <= 0;
         self.expire_requests(is_over, means)?;
         self.expire_legs(is_over, means)?;
+        // Who is not listened to, or has said enough, is not late.
+        if !self.client.is_receiving() || self.client.inbox.bytes() >= self.needed {
+            self.hanging = self.hanging.map(|_| now);
+        }
         let hanging = self.hanging.map(|since| since.wrapping_add(means.rules.head));
         let idle = means.rules.idle.map(|idle| self.active.wrapping_add(idle));
         if hanging.is_some_and(is_over) || idle.is_some_and(is_over) {

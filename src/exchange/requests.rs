@@ -178,7 +178,7 @@ impl Exchange {
             Ok(eaten) => eaten,
             Err(_) => return self.misunderstand(means),
         };
-        let Some(leg) = self.to.and_then(|leg| self.legs.get_mut(leg)) else {
+        let Some(leg) = self.to.and_then(|leg| self.legs.get_lasting(leg)) else {
             means.pieces.advance(&mut self.client.inbox, eaten);
             return Ok(true);
         };

@@ -72,6 +72,11 @@ impl Socket {
         self.is_sending
     }
 
+    /// The peer can say something just now.
+    pub(super) fn is_receiving(&self) -> bool {
+        self.receive == Receive::Armed
+    }
+
     /// The peer has sent FIN.
     pub(super) fn has_ended(&self) -> bool {
         self.receive == Receive::Ended

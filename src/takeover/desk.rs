@@ -247,7 +247,8 @@ impl Desk {
         if before.is_some_and(|before| before.provider == provider && before.port == port) {
             return Ok(());
         }
-        if before.is_none_or(|before| before.port != port) {
+        // What is registered already stays so: one more service is no other application.
+        if self.publications.values().all(|known| known.port != port) {
             let app = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
             self.health = Health::default();
             self.changes.push(Change::Application(app));

@@ -87,6 +87,19 @@ fn registry_holds_our_address_once_the_application_answers_and_never_its_own() {
     assert_eq!(endpoints(&mut desk, SERVICE), Some(vec![]));
 }
 
+/// An application that exports its services one by one is not gone in between.
+#[test]
+fn one_more_service_leaves_the_others_registered() {
+    let mut desk = desk("");
+    desk.publish(SERVICE, Some(20_880), "").unwrap();
+    desk.note_health(true);
+    desk.changes();
+    desk.publish("com.a.Other:1.0", Some(20_880), "").unwrap();
+    assert!(!desk.changes().iter().any(|change| matches!(change, Change::Application(_))));
+    let published: Vec<_> = desk.published().collect();
+    assert_eq!(published, [(SERVICE, true), ("com.a.Other:1.0", true)]);
+}
+
 #[test]
 fn asking_twice_is_asking_once() {
     let mut desk = desk("");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Every kind of talk and silence: every byte, in order, and every end as it was meant.
 
-use std::io::{Read, Write};
+use std::io::{BufReader, BufWriter, Read, Write, copy, repeat, sink};
 use std::net::{Shutdown, TcpListener};
 use std::thread::scope;
 use std::time::{Duration, Instant};
@@ -207,25 +207,14 @@ fn every_kind_of_talk_goes_through() {
 fn more_than_four_gigabytes_are_counted_right() {
     const BYTES: u64 = (4 << 30) + 12_345;
     let rig = Rig::new();
-    let (mut client, mut server) = rig.pair();
+    let (client, server) = rig.pair();
     scope(|scope| {
         scope.spawn(move || {
-            let chunk = vec![0; 1 << 20];
-            let mut left = usize::try_from(BYTES).unwrap();
-            while left > 0 {
-                left -= client.write(&chunk[..left.min(chunk.len())]).unwrap();
-            }
+            let mut client = BufWriter::with_capacity(1 << 20, client);
+            copy(&mut repeat(0).take(BYTES), &mut client).unwrap();
         });
-        let mut chunk = vec![0; 1 << 20];
-        let mut came = 0;
-        loop {
-            match server.read(&mut chunk).unwrap() {
-                0 => break,
-                bytes => came += bytes as u64,
-            }
-        }
-        assert_eq!(came, BYTES);
-        drop(server);
+        let mut server = BufReader::with_capacity(1 << 20, server);
+        assert_eq!(copy(&mut server, &mut sink()).unwrap(), BYTES);
     });
     assert_eq!(rig.weir.metric("weir_bytes_total", &[]), BYTES);
     rig.end();

@@ -247,7 +247,7 @@ fn too_few_descriptors_refuse_splice_and_limit_auto() {
     let splice = [&words[..], &forward[..], &["--relay", "splice"]].concat();
     let output = net.output(Place::Node, &splice);
     assert_eq!(output.status.code(), Some(4), "{}", said(&output));
-    let text = "relay splice needs RLIMIT_NOFILE of at least 2668, and it is 900";
+    let text = "relay splice needs RLIMIT_NOFILE of at least 2665, and it is 900";
     assert!(said(&output).contains(text), "{}", said(&output));
     let starter = ["prlimit", "--nofile=900:900"];
     let arguments = ["--listen", LISTEN, "--to", "10.98.2.2:7001", "--profile", file];
