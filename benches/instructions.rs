@@ -22,13 +22,13 @@ fn relaying() -> (Lives, Flow) {
     (lives, flow)
 }
 
-#[library_benchmark(config = limit(240_000))]
+#[library_benchmark(config = limit(195_000))]
 #[bench::a_hundred(setup = relaying)]
 fn messages_each_way((mut lives, mut flow): (Lives, Flow)) -> usize {
     (0..100).map(|_| lives.exchange(black_box(&mut flow))).sum()
 }
 
-#[library_benchmark(config = limit(510_000))]
+#[library_benchmark(config = limit(443_000))]
 #[bench::a_hundred(setup = Lives::new)]
 fn whole_lives(mut lives: Lives) -> usize {
     let mut live = || {
