@@ -70,15 +70,7 @@ fn closed_start_that_dies_after_any_object_serves_or_refuses() {
 /// 100 ms in the middle, and nothing is left that `rules clear` does not find.
 #[test]
 fn random_kills_under_load_leave_nothing() {
-    let net = Net::new();
-    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
-    let cgroup = Cgroup::new();
-    echo(net.listen(Place::Node, "[::]:80"));
-    echo(net.listen(Place::Server, "10.98.2.2:80"));
-    let config = format!(
-        "workers: 2\ninbound: {{}}\noutbound: {{ workload: {{ cgroup: {} }} }}",
-        cgroup.path
-    );
+    let (net, cgroup, config) = node(2);
     let place = TempDir::new().unwrap();
     let file = config_file(&place, &config);
     // Dials without a pause, both ways; says when it is served.
@@ -151,19 +143,25 @@ impl Drop for Killed {
     }
 }
 
-/// LC4, LC9: wherever a start is killed, traffic flows directly, `rules clear` finds what is left and
-/// nothing the second time, and the next start is clean.
-#[test]
-fn start_that_dies_after_any_object_leaves_traffic_alone() {
+/// A node that captures both ways, with an echo in it and one behind it.
+fn node(workers: u16) -> (Net, Cgroup, String) {
     let net = Net::new();
     net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
     let cgroup = Cgroup::new();
     echo(net.listen(Place::Node, "[::]:80"));
     echo(net.listen(Place::Server, "10.98.2.2:80"));
     let config = format!(
-        "workers: 1\ninbound: {{}}\noutbound: {{ workload: {{ cgroup: {} }} }}",
+        "workers: {workers}\ninbound: {{}}\noutbound: {{ workload: {{ cgroup: {} }} }}",
         cgroup.path
     );
+    (net, cgroup, config)
+}
+
+/// LC4, LC9: wherever a start is killed, traffic flows directly, `rules clear` finds what is left and
+/// nothing the second time, and the next start is clean.
+#[test]
+fn start_that_dies_after_any_object_leaves_traffic_alone() {
+    let (net, cgroup, config) = node(1);
     let place = TempDir::new().unwrap();
     let file = config_file(&place, &config);
     let routes = ["-4", "-6"].map(|family| {
