@@ -11,7 +11,7 @@ use crate::service::Endpoint;
 
 pub use api::router;
 pub use belief::Reason;
-pub use book::Source;
+pub use book::{Source, Suspect};
 pub use desk::{Change, Desk, Page, Refusal, RegistryRow};
 pub use file::FileRegistry;
 pub use fixed::FixedRegistry;
@@ -54,10 +54,14 @@ pub struct Snapshot {
 /// How it goes with a registry.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Standing {
+    /// Weights it has said that are larger than an endpoint's can be.
+    pub clamped: u64,
     /// Attempts to connect that failed, and sessions that ended.
     pub failures: u64,
     /// It answers.
     pub is_connected: bool,
+    /// Publications, or ends of some, that it does not take; each is counted once.
+    pub refusals: u64,
     /// Times a session began.
     pub sessions: u64,
     /// Times it said where a service lives.
@@ -112,14 +116,25 @@ impl Provider {
         for pair in parameters.split('&') {
             match pair.split_once('=') {
                 Some(("weight" | "_WEIGHT", weight)) => {
-                    let weight: u16 = weight.parse().ok()?;
-                    endpoint.weight = weight.min(Endpoint::WEIGHT_MAX);
+                    endpoint.weight = weight_of(weight)?;
                 }
                 Some(("zone", zone)) => endpoint.zone = zone.into(),
                 _ => {}
             }
         }
         Some(Provider { endpoint, parameters: parameters.to_owned() })
+    }
+
+    /// It weighs more than an endpoint can.
+    #[must_use]
+    pub fn is_clamped(&self) -> bool {
+        self.endpoint.weight == Endpoint::WEIGHT_MAX
+            && self.parameters.split('&').filter_map(|pair| pair.split_once('=')).any(
+                |(key, weight)| {
+                    matches!(key, "weight" | "_WEIGHT")
+                        && weight.parse() != Ok(Endpoint::WEIGHT_MAX)
+                },
+            )
     }
 
     /// In the same form.
@@ -134,4 +149,11 @@ impl Provider {
         let mark = if self.parameters.is_empty() { "" } else { "?" };
         format!("{addr}{mark}{}", self.parameters)
     }
+}
+
+/// Other programs have larger numbers than there is use for: as much as there can be.
+fn weight_of(text: &str) -> Option<u16> {
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let weight = is_number.then(|| text.parse().unwrap_or(u16::MAX))?;
+    Some(weight.min(Endpoint::WEIGHT_MAX))
 }

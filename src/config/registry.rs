@@ -226,12 +226,18 @@ fn root(section: &mut Section, usual: &str, mistakes: &mut Mistakes) -> String {
     let (place, path) = (section.place(), section.path("root"));
     let root = section.parsed::<String>("root", "a path such as /dubbo", mistakes);
     let root = root.unwrap_or_else(|| usual.to_owned());
-    let is_path = root.starts_with('/')
-        && root.split('/').skip(1).all(|part| is_service_name(part) && part != ".");
+    let is_path = root.starts_with('/') && root.split('/').skip(1).all(is_path_part);
     if !is_path {
         mistakes.add(place, &path, format!("`{root}`: must be a path such as {usual}"));
     }
     root
+}
+
+/// What ZooKeeper takes, too: no letters of private use, none that are no letters.
+fn is_path_part(part: &str) -> bool {
+    let is_letter =
+        |letter: char| !matches!(letter, '\u{e000}'..='\u{f8ff}' | '\u{fff0}'..='\u{ffff}');
+    is_service_name(part) && part.chars().all(is_letter)
 }
 
 fn credentials(
@@ -278,16 +284,23 @@ pub(super) fn service_name(section: &mut Section, mistakes: &mut Mistakes) -> Op
     let name = section.parsed::<String>("name", "a name", mistakes);
     let is_right = name.as_deref().is_some_and(is_service_name);
     if !is_there || (name.is_some() && !is_right) {
-        mistakes.add(place, &path, "must be a name of at most 512 letters, without `/` and spaces");
+        mistakes.add(
+            place,
+            &path,
+            "must be a name of at most 512 letters, without `/` and spaces; what stands before its \
+             first `:` may not be empty, `.` or `..`",
+        );
     }
     name.filter(|_| is_right)
 }
 
-/// A name that can stand in a registry's path, in a table and in a log.
+/// A name that can stand in a registry's path, in a table and in a log. What comes before its first
+/// colon, the interface, is a part of a path, where nothing, `.` and `..` mean something else.
 #[must_use]
 pub fn is_service_name(name: &str) -> bool {
     let is_letter = |letter: char| !letter.is_control() && !letter.is_whitespace() && letter != '/';
-    !name.is_empty() && name.len() <= 512 && name.chars().all(is_letter) && name != ".."
+    let interface = name.split(':').next().unwrap_or_default();
+    name.len() <= 512 && name.chars().all(is_letter) && !matches!(interface, "" | "." | "..")
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

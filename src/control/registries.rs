@@ -61,10 +61,16 @@ const GAUGES: [(&str, &str, Gauge); 2] = [
     }),
 ];
 /// Name, help, which.
-const COUNTERS: [(&str, &str, Counter); 3] = [
+const COUNTERS: [(&str, &str, Counter); 5] = [
     ("registry_failures", "Attempts to connect that failed, and sessions that ended", |row| {
         row.standing.failures
     }),
+    ("registry_refusals", "Publications, or ends of some, that the registry did not take", |row| {
+        row.standing.refusals
+    }),
     ("registry_sessions", "Sessions that began", |row| row.standing.sessions),
+    ("registry_weights_clamped", "Weights above 10000, which were taken as 10000", |row| {
+        row.standing.clamped
+    }),
     ("registry_snapshots", "Times it said where a service lives", |row| row.standing.snapshots),
 ];

@@ -124,14 +124,28 @@ impl TakingOver {
 
     /// Puts on disk what must outlive this weir, soon after it has changed.
     async fn keep(self) {
+        let mut trouble = String::new();
         loop {
-            tokio::time::sleep(KEEP_EVERY).await;
+            tokio::time::sleep(if trouble.is_empty() { KEEP_EVERY } else { KEEP_AGAIN }).await;
             let pages = self.lock().pages();
-            if !pages.is_empty() {
-                // The disk may be slow, and the control thread has others to serve.
-                let write = move || pages.iter().for_each(Page::write);
-                let _ = tokio::task::spawn_blocking(write).await;
+            if pages.is_empty() {
+                continue;
             }
+            // The disk may be slow, and the control thread has others to serve.
+            let write = move || {
+                let failure = |page: Page| page.write().err().map(|why| (page, why.to_string()));
+                pages.into_iter().filter_map(failure).collect::<Vec<_>>()
+            };
+            let failures = tokio::task::spawn_blocking(write).await.unwrap_or_default();
+            let said = failures.first().map(|(_, why)| why.clone()).unwrap_or_default();
+            match (said.as_str(), said == trouble) {
+                (_, true) => {}
+                ("", false) => tracing::info!("takeover.state is written again"),
+                (why, false) => tracing::warn!("{why}; tried again every second"),
+            }
+            trouble = said;
+            let mut desk = self.lock();
+            failures.iter().for_each(|(page, _)| desk.keep_again(page));
         }
     }
 
@@ -140,11 +154,12 @@ impl TakingOver {
         loop {
             tokio::time::sleep(SETTLE_EVERY).await;
             let suspects = self.lock().suspects();
-            for (registry, service, addrs) in suspects {
-                let look = |addr| checks::stays(addr, mark);
-                let looks: JoinSet<bool> = addrs.into_iter().take(SUSPECTS_MAX).map(look).collect();
+            for suspect in suspects {
+                let look = |addr: &SocketAddr| checks::stays(*addr, mark);
+                let addrs = suspect.addrs.iter().take(SUSPECTS_MAX);
+                let looks: JoinSet<bool> = addrs.map(look).collect();
                 if !looks.join_all().await.contains(&true) {
-                    self.lock().settle(registry, &service);
+                    self.lock().settle(&suspect);
                 }
             }
         }
@@ -200,6 +215,8 @@ impl TakingOver {
 pub(super) const APPLICATION: &str = "takeover.inbound";
 /// What was asked for within this time before a crash may have to be asked for again.
 const KEEP_EVERY: Duration = Duration::from_millis(100);
+/// A disk that refuses is asked again so often.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// Endpoints of one service that are looked at; one that answers is enough.
 const SUSPECTS_MAX: usize = 64;

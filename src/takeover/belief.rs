@@ -96,23 +96,27 @@ impl Belief {
     pub(super) fn ripen(&mut self, rules: &Protection, now: Instant) -> bool {
         let is_ripe =
             |doubt: &Doubt| doubt.reason == Reason::Drop && now >= doubt.since + rules.drop_for;
-        self.doubt.as_ref().is_some_and(is_ripe) && self.settle(now)
+        let since = self.doubt.as_ref().filter(|doubt| is_ripe(doubt)).map(|doubt| doubt.since);
+        since.is_some_and(|since| self.settle(since, now))
     }
 
-    /// Who must be looked at, for an empty list that has lasted; nobody if there is none.
-    pub(super) fn suspects(&self, rules: &Protection, now: Instant) -> Vec<SocketAddr> {
+    /// Who must be looked at, for an empty list that has lasted, and since when it is doubted.
+    pub(super) fn suspects(
+        &self,
+        rules: &Protection,
+        now: Instant,
+    ) -> Option<(Instant, Vec<SocketAddr>)> {
         let is_ripe =
             |doubt: &&Doubt| doubt.reason == Reason::Empty && now >= doubt.since + rules.empty_for;
-        if self.doubt.as_ref().filter(is_ripe).is_none() {
-            return Vec::new();
-        }
+        let doubt = self.doubt.as_ref().filter(is_ripe)?;
         let trusted = self.trusted.iter().flat_map(|snapshot| &snapshot.providers);
-        trusted.map(|provider| provider.endpoint.addr).collect()
+        Some((doubt.since, trusted.map(|provider| provider.endpoint.addr).collect()))
     }
 
-    /// The registry was right. True if calls go by something else now.
-    pub(super) fn settle(&mut self, now: Instant) -> bool {
-        let Some(doubt) = self.doubt.take() else { return false };
+    /// The registry was right in what has been doubted since `since`; of a later doubt that says
+    /// nothing. True if calls go by something else now.
+    pub(super) fn settle(&mut self, since: Instant, now: Instant) -> bool {
+        let Some(doubt) = self.doubt.take_if(|doubt| doubt.since == since) else { return false };
         self.trust(doubt.said, now);
         true
     }
@@ -196,9 +200,10 @@ mod tests {
         assert_eq!(belief.hear(said(1..1), Some(&RULES), after(now, 5)), Heard::Same);
         assert_eq!((ports(&belief), belief.reason()), (vec![1, 2], Some(Reason::Empty)));
         assert!(!belief.ripen(&RULES, after(now, 100)), "time alone is no proof");
-        assert!(belief.suspects(&RULES, after(now, 29)).is_empty());
-        assert_eq!(belief.suspects(&RULES, after(now, 30)).len(), 2);
-        assert!(belief.settle(after(now, 31)));
+        assert_eq!(belief.suspects(&RULES, after(now, 29)), None);
+        let (since, suspects) = belief.suspects(&RULES, after(now, 30)).unwrap();
+        assert_eq!((since, suspects.len()), (now, 2));
+        assert!(belief.settle(since, after(now, 31)));
         assert_eq!((ports(&belief), belief.reason()), (vec![], None));
         assert_eq!(belief.hear(said(5..6), Some(&RULES), after(now, 32)), Heard::Changed);
     }
@@ -210,6 +215,20 @@ mod tests {
         belief.hear(said(1..1), Some(&RULES), now);
         assert_eq!(belief.hear(said(1..3), Some(&RULES), now), Heard::Same);
         assert_eq!(belief.reason(), None);
+    }
+
+    /// Whoever looks takes a while: what he found is no word on a list that came back and went again
+    /// meanwhile.
+    #[test]
+    fn look_settles_the_doubt_that_it_was_for_and_no_later_one() {
+        let now = Instant::now();
+        let mut belief = believing(1..3, now);
+        belief.hear(said(1..1), Some(&RULES), now);
+        let (since, _) = belief.suspects(&RULES, after(now, 30)).unwrap();
+        belief.hear(said(1..3), Some(&RULES), after(now, 31));
+        belief.hear(said(1..1), Some(&RULES), after(now, 32));
+        assert!(!belief.settle(since, after(now, 33)));
+        assert_eq!((ports(&belief), belief.reason()), (vec![1, 2], Some(Reason::Empty)));
     }
 
     #[test]

@@ -24,6 +24,19 @@ pub(super) struct Book {
     news: Vec<bool>,
 }
 
+/// A list that became empty and is not believed: are they really gone?
+#[derive(Clone, Debug, PartialEq)]
+pub struct Suspect {
+    /// Who was there.
+    pub addrs: Vec<SocketAddr>,
+    /// The registry, by its place in the config.
+    pub(super) registry: usize,
+    /// Whose list it is.
+    pub(super) service: String,
+    /// The doubt, of several that there may be one after the other.
+    pub(super) since: Instant,
+}
+
 /// What one registry has to do with one service, for tables.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Source {
@@ -130,33 +143,36 @@ impl Book {
         changed
     }
 
-    /// Endpoints of lists that became empty and stayed so, with registry and service.
-    pub(super) fn suspects(
-        &self,
-        rules: &Protection,
-        now: Instant,
-    ) -> Vec<(usize, String, Vec<SocketAddr>)> {
+    /// Lists that became empty and stayed so.
+    pub(super) fn suspects(&self, rules: &Protection, now: Instant) -> Vec<Suspect> {
         let mut suspects = Vec::new();
         for service in &self.in_doubt {
-            for (index, belief) in self.beliefs.get(service).into_iter().flatten().enumerate() {
-                let addrs = belief.suspects(rules, now);
-                if !addrs.is_empty() {
-                    suspects.push((index, service.clone(), addrs));
+            for (registry, belief) in self.beliefs.get(service).into_iter().flatten().enumerate() {
+                if let Some((since, addrs)) = belief.suspects(rules, now) {
+                    suspects.push(Suspect { addrs, registry, service: service.clone(), since });
                 }
             }
         }
         suspects
     }
 
-    /// The registry was right. True if calls go by something else now.
-    pub(super) fn settle(&mut self, registry: usize, service: &str, now: Instant) -> bool {
+    /// The registry was right in that. True if calls go by something else now.
+    pub(super) fn settle(&mut self, suspect: &Suspect, now: Instant) -> bool {
+        let Suspect { registry, service, since, .. } = suspect;
         let beliefs = self.beliefs.get_mut(service);
-        let belief = beliefs.and_then(|beliefs| beliefs.get_mut(registry));
-        let is_settled = belief.is_some_and(|belief| belief.settle(now));
-        if let Some(news) = self.news.get_mut(registry).filter(|_| is_settled) {
-            *news = true;
+        let belief = beliefs.and_then(|beliefs| beliefs.get_mut(*registry));
+        let is_settled = belief.is_some_and(|belief| belief.settle(*since, now));
+        if is_settled {
+            self.keep_again(*registry);
         }
         is_settled
+    }
+
+    /// What is believed of this registry is not on disk.
+    pub(super) fn keep_again(&mut self, registry: usize) {
+        if let Some(news) = self.news.get_mut(registry) {
+            *news = true;
+        }
     }
 
     /// What calls go by: of all registries, none twice where it was said twice.

@@ -9,18 +9,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-
+pub use self::disk::Page;
 use super::belief::Reason;
-use super::book::{Book, Source};
-use super::kept::{self, Asked, Journal};
+use super::book::{Book, Source, Suspect};
 use super::link::Remote;
 use super::shelf::Shelf;
 #[cfg(feature = "zookeeper")]
 use super::zookeeper;
-use super::{FileRegistry, FixedRegistry, Provider, Registry, Snapshot, Standing};
+use super::{FileRegistry, FixedRegistry, Provider, Registry, Standing};
 use crate::config::{RegistryKind, Takeover, is_service_name};
 use crate::service::Endpoint;
+
+mod disk;
 
 /// The desk of one weir.
 pub struct Desk {
@@ -42,14 +42,6 @@ pub struct Desk {
     shelf: Option<Shelf>,
     /// What applications have asked for is not on disk yet.
     to_keep: bool,
-}
-
-/// Something for the disk.
-#[derive(Debug)]
-pub struct Page {
-    shelf: Shelf,
-    name: String,
-    value: Value,
 }
 
 /// A registry, for metrics and tables.
@@ -93,7 +85,10 @@ pub enum Refusal {
         port: u16,
     },
     /// A name that cannot be one.
-    #[error("`{0}` is no name of a service")]
+    #[error(
+        "`{0}` is no name of a service: at most 512 letters without `/` and spaces, and before the \
+         first `:` neither nothing nor `.` nor `..`"
+    )]
     Name(String),
     /// This weir ends.
     #[error("weir is about to end: publish again when it is back")]
@@ -128,7 +123,7 @@ impl Desk {
     #[must_use]
     pub fn new(config: Takeover, own_ports: Vec<u16>) -> Desk {
         let shelf = config.state.as_deref().map(Shelf::new);
-        let kept = config.registries.iter().map(|one| kept_of(one, shelf.as_ref()));
+        let kept = config.registries.iter().map(|one| disk::kept_of(one, shelf.as_ref()));
         let mut desk = Desk {
             applications: BTreeSet::new(),
             book: Book::new(kept.collect()),
@@ -147,59 +142,6 @@ impl Desk {
         desk.replay();
         desk.hear();
         desk
-    }
-
-    /// What applications asked for in an earlier life.
-    fn replay(&mut self) {
-        let page = self.shelf.as_ref().and_then(|shelf| read(shelf, JOURNAL, Journal::IDENTITY));
-        let journal = page.map(Journal::read).unwrap_or_default();
-        self.applications.extend(journal.applications.into_iter().take(APPLICATIONS_MAX));
-        for Asked { parameters, port, service } in journal.publications {
-            if let Err(refusal) = self.publish(&service, Some(port), &parameters) {
-                tracing::warn!(
-                    service,
-                    "what was published before is not published again: {refusal}"
-                );
-            }
-        }
-        for service in journal.subscriptions {
-            // Refused now, refused when it is asked for again.
-            let _ = self.subscribe(&service);
-        }
-        self.to_keep = false;
-    }
-
-    /// What has to go to the disk, if anything has changed since the last time.
-    pub fn pages(&mut self) -> Vec<Page> {
-        let Some(shelf) = self.shelf.clone() else { return Vec::new() };
-        let page = |name: &str, value| Page { name: name.to_owned(), shelf: shelf.clone(), value };
-        let mut pages = Vec::new();
-        if std::mem::take(&mut self.to_keep) {
-            pages.push(page(JOURNAL, self.journal().page()));
-        }
-        for (index, one) in self.config.registries.iter().enumerate() {
-            let Some(identity) = one.identity() else { continue };
-            if let Some(snapshots) = self.book.take_news(index) {
-                let value = kept::snapshots_page(&identity, snapshots.into_iter());
-                pages.push(page(&file_of(&one.name), value));
-            }
-        }
-        pages
-    }
-
-    fn journal(&self) -> Journal {
-        let asked = |(service, one): (&String, &Publication)| Asked {
-            parameters: one.provider.parameters.clone(),
-            port: one.port,
-            service: service.clone(),
-        };
-        let is_wanted = |name: &str| self.config.services.iter().any(|one| one.name == name);
-        let subscriptions = self.book.services().filter(|name| !is_wanted(name));
-        Journal {
-            applications: self.applications.iter().cloned().collect(),
-            publications: self.publications.iter().map(asked).collect(),
-            subscriptions: subscriptions.map(str::to_owned).collect(),
-        }
     }
 
     /// An application says who it is. Again, or another one beside it: nothing is lost.
@@ -400,21 +342,20 @@ impl Desk {
         changed.iter().for_each(|service| self.note_change(service));
     }
 
-    /// Endpoints of lists that became empty and stayed so, with registry and service: are they really
-    /// gone? Whoever has looked says it with `settle`.
+    /// Lists that became empty and stayed so. Whoever has looked says with `settle` that they are gone.
     #[must_use]
-    pub fn suspects(&self) -> Vec<(usize, String, Vec<SocketAddr>)> {
+    pub fn suspects(&self) -> Vec<Suspect> {
         let Some(rules) = &self.config.protect else { return Vec::new() };
         let mut suspects = self.book.suspects(rules, Instant::now());
-        suspects.retain(|(registry, ..)| answers(&self.registries, *registry));
+        suspects.retain(|suspect| answers(&self.registries, suspect.registry));
         suspects
     }
 
     /// They are.
-    pub fn settle(&mut self, registry: usize, service: &str) {
-        if self.book.settle(registry, service, Instant::now()) {
-            tracing::info!(service, "nobody is there any more");
-            self.note_change(service);
+    pub fn settle(&mut self, suspect: &Suspect) {
+        if self.book.settle(suspect, Instant::now()) {
+            tracing::info!(service = suspect.service, "nobody is there any more");
+            self.note_change(&suspect.service);
         }
     }
 
@@ -502,15 +443,6 @@ impl std::fmt::Debug for Desk {
     }
 }
 
-impl Page {
-    /// Waits for the disk.
-    pub fn write(&self) {
-        if let Err(error) = self.shelf.write(&self.name, &self.value) {
-            tracing::warn!("keep {} in takeover.state: {error}", self.name);
-        }
-    }
-}
-
 fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
     match &one.kind {
         RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
@@ -529,29 +461,6 @@ fn answers(registries: &[Box<dyn Registry>], index: usize) -> bool {
     registries.get(index).is_some_and(|registry| registry.standing().is_connected)
 }
 
-fn kept_of(one: &crate::config::Registry, shelf: Option<&Shelf>) -> BTreeMap<String, Snapshot> {
-    let identity = one.identity();
-    let page = shelf
-        .zip(identity)
-        .and_then(|(shelf, identity)| read(shelf, &file_of(&one.name), &identity));
-    page.map(kept::snapshots).unwrap_or_default()
-}
-
-fn read(shelf: &Shelf, name: &str, identity: &str) -> Option<Value> {
-    let page = shelf.read(name, identity);
-    page.unwrap_or_else(|unusable| {
-        tracing::warn!("{name} in takeover.state is not used: {unusable}");
-        None
-    })
-}
-
-/// In which a registry's snapshots are.
-fn file_of(registry: &str) -> String {
-    let letter = |letter: char| if letter.is_alphanumeric() { letter } else { '_' };
-    format!("registry-{}.json", registry.chars().map(letter).collect::<String>())
-}
-
-const JOURNAL: &str = "journal.json";
 /// Failed attempts in a row that withdraw an application.
 const FAILURES_MAX: u32 = 3;
 const APPLICATIONS_MAX: usize = 64;

@@ -6,13 +6,13 @@
 
 #![expect(clippy::disallowed_types, reason = "no worker comes here, and nobody waits inside")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::{Provider, Registry, Snapshot, Standing};
 
@@ -38,10 +38,23 @@ struct Notes {
     /// By service: what the desk has not heard yet.
     news: BTreeMap<String, Snapshot>,
     standing: Standing,
-    /// Snapshots of these are wanted.
-    subscribed: BTreeSet<String>,
+    /// Snapshots of these are wanted; by service, in which life of the subscription.
+    subscribed: BTreeMap<String, Life>,
+    /// Subscriptions there ever were.
+    subscriptions: u64,
     /// By service: what the registry shall hold.
     wanted: BTreeMap<String, Provider>,
+}
+
+/// Who subscribes again has heard nothing yet, also if the task has not noticed that he was gone.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Life(u64);
+
+/// The task's own tasks: one for each service that is subscribed to, for each life of its subscription.
+#[derive(Debug, Default)]
+pub(super) struct Followers {
+    by_service: BTreeMap<String, (Life, AbortHandle)>,
+    tasks: JoinSet<()>,
 }
 
 /// How long to wait before the next attempt: longer after each failure, and never in step with
@@ -88,7 +101,9 @@ impl Registry for Remote {
 
     fn subscribe(&mut self, service: &str) {
         self.link.ask(|notes| {
-            notes.subscribed.insert(service.to_owned());
+            notes.subscriptions += 1;
+            let life = Life(notes.subscriptions);
+            notes.subscribed.entry(service.to_owned()).or_insert(life);
         });
     }
 
@@ -129,8 +144,8 @@ impl Link {
         self.notes().wanted.clone()
     }
 
-    /// What snapshots are wanted of.
-    pub(super) fn subscribed(&self) -> BTreeSet<String> {
+    /// What snapshots are wanted of, and in which life of the subscription.
+    pub(super) fn subscribed(&self) -> BTreeMap<String, Life> {
         self.notes().subscribed.clone()
     }
 
@@ -152,7 +167,9 @@ impl Link {
     pub(super) fn note_snapshot(&self, snapshot: Snapshot) {
         let mut notes = self.notes();
         notes.standing.snapshots += 1;
-        if notes.subscribed.contains(&snapshot.service) {
+        let clamped = snapshot.providers.iter().filter(|provider| provider.is_clamped()).count();
+        notes.standing.clamped += clamped as u64;
+        if notes.subscribed.contains_key(&snapshot.service) {
             notes.news.insert(snapshot.service.clone(), snapshot);
         }
     }
@@ -190,6 +207,12 @@ impl Link {
         }
     }
 
+    /// The registry does not take something, and goes on with everything else.
+    pub(super) fn note_refusal(&self, what: &str, why: &impl Display) {
+        self.notes().standing.refusals += 1;
+        tracing::warn!(registry = self.name, "{what}: {why}; tried again every few seconds");
+    }
+
     fn ask(&self, what: impl FnOnce(&mut Notes)) {
         what(&mut self.notes());
         self.bell.notify_one();
@@ -197,6 +220,29 @@ impl Link {
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Followers {
+    /// Starts who is missing with `start`, and ends who is wanted no more.
+    pub(super) fn follow<T>(&mut self, link: &Link, start: impl Fn(String) -> T)
+    where
+        T: Future<Output = ()> + Send + 'static,
+    {
+        let wanted = link.subscribed();
+        self.by_service.retain(|service, (life, task)| {
+            let is_wanted = wanted.get(service) == Some(life);
+            if !is_wanted {
+                task.abort();
+            }
+            is_wanted
+        });
+        while self.tasks.try_join_next().is_some() {}
+        for (service, life) in wanted {
+            let tasks = &mut self.tasks;
+            let begin = || (life, tasks.spawn(start(service.clone())));
+            self.by_service.entry(service.clone()).or_insert_with(begin);
+        }
     }
 }
 
@@ -227,3 +273,36 @@ fn chance() -> f64 {
 
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A consumer that leaves and comes back while the registry does not answer hears where the
+    /// service lives, although nothing has changed there.
+    #[tokio::test]
+    async fn who_subscribes_again_hears_again() {
+        let mut followers = Followers::default();
+        let mut remote = Remote::spawn("main", |_| std::future::pending());
+        let link = Arc::clone(&remote.link);
+        let say = |service: String| {
+            let link = Arc::clone(&link);
+            async move {
+                link.note_snapshot(Snapshot { providers: vec![], revision: 1, service });
+                std::future::pending::<()>().await;
+            }
+        };
+        for round in 1..=2 {
+            remote.subscribe("a");
+            for _ in 0..2 {
+                followers.follow(&link, say);
+                tokio::task::yield_now().await;
+            }
+            let heard = remote.news();
+            assert_eq!(heard.len(), 1, "round {round}: {heard:?}");
+            remote.unsubscribe("a");
+        }
+        followers.follow(&link, say);
+        assert!(followers.by_service.is_empty());
+    }
+}

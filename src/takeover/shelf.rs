@@ -5,6 +5,7 @@
 //! Invariant: a file is there whole or not at all, whenever weir or its host dies; what is not whole,
 //! or belongs to something else, is not read.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -76,6 +77,12 @@ impl Shelf {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
+    }
+}
+
+impl fmt::Display for Shelf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.directory.display().fmt(f)
     }
 }
 

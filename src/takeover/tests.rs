@@ -43,8 +43,22 @@ fn provider_text_is_read_and_written() {
     let written = "10.0.0.5:12200?v=4.0&weight=30&[plus]=[clientTimeout#1]&zone=a&_x@y=1";
     assert_eq!(provider.text(), written);
     assert_eq!(Provider::parse("[::1]:5").unwrap().text(), "[::1]:5");
-    for wrong in ["", "host:1", "10.0.0.1", "10.0.0.1:1?weight=-1"] {
+    for wrong in ["", "host:1", "10.0.0.1", "10.0.0.1:1?weight=-1", "10.0.0.1:1?weight="] {
         assert_eq!(Provider::parse(wrong), None, "{wrong}");
+    }
+}
+
+#[test]
+fn weight_of_any_size_is_as_much_as_there_can_be() {
+    for (weight, expected, is_clamped) in [
+        ("10000", 10_000, false),
+        ("10001", 10_000, true),
+        ("65536", 10_000, true),
+        ("18446744073709551616", 10_000, true),
+    ] {
+        let provider = Provider::parse(&format!("10.0.0.1:1?_WEIGHT={weight}")).unwrap();
+        let found = (provider.endpoint.weight, provider.is_clamped());
+        assert_eq!(found, (expected, is_clamped), "{weight}");
     }
 }
 
@@ -128,6 +142,9 @@ fn what_cannot_be_published_is_refused_with_the_reason() {
     for (service, port, reason) in [
         ("a b", None, "is no name"),
         ("a/../b", None, "is no name"),
+        (".", None, "is no name"),
+        ("..:1.0", None, "is no name"),
+        (":1.0", None, "is no name"),
         (SERVICE, Some(12_201), "weir's own"),
         (SERVICE, Some(0), "weir's own"),
     ] {
@@ -211,6 +228,36 @@ fn advertised_address_must_be_one_that_others_reach() {
     assert_eq!(takeover.advertise, Some(IpAddr::from([10, 0, 0, 9])));
 }
 
+fn write(desk: &mut Desk) {
+    desk.pages().iter().for_each(|page| page.write().unwrap());
+}
+
+/// A full disk or a directory that is not there yet costs nothing but time.
+#[test]
+fn what_the_disk_refused_is_written_later() {
+    let place = tempfile::TempDir::new().unwrap();
+    let (state, file) = (place.path().join("state"), place.path().join("services.yaml"));
+    std::fs::write(&file, "services: [{ name: \"b:1\", endpoints: [\"10.0.0.1:1\"] }]").unwrap();
+    let text = format!(
+        "  state: \"{}\"\n  registries: [{{ kind: file, path: \"{}\" }}]",
+        state.display(),
+        file.display(),
+    );
+    std::fs::write(&state, "no directory").unwrap();
+    let mut first = desk(&text);
+    first.subscribe("b:1").unwrap();
+    let pages = first.pages();
+    assert_eq!(pages.len(), 2, "journal and registry");
+    for page in &pages {
+        assert!(page.write().unwrap_err().to_string().contains("takeover.state"));
+        first.keep_again(page);
+    }
+    std::fs::remove_file(&state).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    write(&mut first);
+    assert_eq!(endpoints(&mut desk(&text), "b:1"), Some(vec![addr("10.0.0.1:1")]));
+}
+
 /// What applications asked for is asked for again by the next weir; what registries said is believed
 /// until they say something.
 #[test]
@@ -228,11 +275,11 @@ fn next_life_goes_on_with_what_was_asked_for_and_said() {
     first.configure("app");
     first.publish(SERVICE, Some(20_880), "v=1.0").unwrap();
     first.subscribe("b:1").unwrap();
-    first.pages().iter().for_each(Page::write);
+    write(&mut first);
     assert_eq!(first.pages().len(), 0, "nothing is new");
     first.withdraw();
     assert_eq!(first.publish("c:1", None, ""), Err(Refusal::Leaving));
-    first.pages().iter().for_each(Page::write);
+    write(&mut first);
 
     std::fs::remove_file(&file).unwrap();
     let mut second = desk(&text);
@@ -244,7 +291,7 @@ fn next_life_goes_on_with_what_was_asked_for_and_said() {
     assert_eq!(second.published().collect::<Vec<_>>(), [(SERVICE, true)]);
     second.unpublish(SERVICE);
     second.unsubscribe("b:1");
-    second.pages().iter().for_each(Page::write);
+    write(&mut second);
     let third = desk(&text);
     assert_eq!((third.published().count(), third.known().len()), (0, 0));
 }

@@ -3,26 +3,22 @@
 //! when its session ends.
 //!
 //! Invariants: a directory is read and watched in one step, and always read whole, so no change is
-//! missed however events are lost or merged; a leaf counts as held only while this session owns it;
-//! a leaf that an earlier session left behind is taken over in one transaction, so nobody ever sees
-//! it gone.
+//! missed however events are lost or merged.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, interval};
-use zookeeper_client::{
-    Acl, Acls, Client, CreateMode, Error, EventType, OneshotWatcher, Permission, SessionState,
-    StateWatcher,
-};
+use zookeeper_client::{Client, Error, EventType, OneshotWatcher, SessionState, StateWatcher};
 
-use super::link::{Backoff, Link};
+use self::writer::Writer;
+use super::link::{Backoff, Followers, Link};
 use super::{Provider, Snapshot};
 use crate::config::{Credentials, Zookeeper};
+
+mod writer;
 
 /// Works until it is aborted: whatever happens to the ensemble, it comes back to it.
 pub(super) async fn run(link: Arc<Link>, settings: Zookeeper) {
@@ -81,11 +77,8 @@ struct Session<'a> {
     link: &'a Arc<Link>,
     reader: Reader,
     states: StateWatcher,
-    /// By service: who follows its directory.
-    watching: BTreeMap<String, AbortHandle>,
-    watchers: JoinSet<()>,
-    /// Paths at which there may be something of ours.
-    written: BTreeSet<String>,
+    followers: Followers,
+    writer: Writer,
 }
 
 /// Follows directories and says what stands there.
@@ -99,9 +92,9 @@ struct Reader {
 impl<'a> Session<'a> {
     fn new(link: &'a Arc<Link>, settings: &'a Arc<Zookeeper>, client: Client) -> Session<'a> {
         let states = client.state_watcher();
+        let writer = Writer::new(client.clone(), Arc::clone(link), Arc::clone(settings));
         let reader = Reader { client, link: Arc::clone(link), settings: Arc::clone(settings) };
-        let (watching, watchers) = (BTreeMap::new(), JoinSet::new());
-        Session { link, reader, states, watching, watchers, written: BTreeSet::new() }
+        Session { followers: Followers::default(), link, reader, states, writer }
     }
 
     /// Until the session is over.
@@ -110,13 +103,12 @@ impl<'a> Session<'a> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ticks = 0;
         loop {
-            self.follow();
+            self.followers.follow(self.link, |service| self.reader.clone().follow(service));
             let audit = ticks >= AUDIT_TICKS;
-            let reconciled = reconcile(&self.reader, &mut self.written, audit);
             tokio::select! {
                 // A request waits while the connection is gone, and the session may end meanwhile.
                 state = self.states.changed() => self.note(state)?,
-                result = reconciled => match result {
+                result = self.writer.reconcile(audit) => match result {
                     Ok(()) if audit => ticks = 0,
                     Ok(()) => {}
                     Err(error) => {
@@ -136,109 +128,6 @@ impl<'a> Session<'a> {
         self.link.note_connected(state == SessionState::SyncConnected);
         if state.is_terminated() { Err(Failure::Session(state)) } else { Ok(()) }
     }
-
-    /// Follows the directories of what is wanted, and no others.
-    fn follow(&mut self) {
-        let wanted = self.link.subscribed();
-        self.watching.retain(|service, watcher| {
-            let is_wanted = wanted.contains(service);
-            if !is_wanted {
-                watcher.abort();
-            }
-            is_wanted
-        });
-        while self.watchers.try_join_next().is_some() {}
-        for service in wanted {
-            if !self.watching.contains_key(&service) {
-                let follow = self.reader.clone().follow(service.clone());
-                self.watching.insert(service, self.watchers.spawn(follow));
-            }
-        }
-    }
-}
-
-/// Makes the ensemble hold what it shall hold, and nothing else of ours. Whatever this may have
-/// `written` stands there, also if it is stopped half-way.
-async fn reconcile(
-    reader: &Reader,
-    written: &mut BTreeSet<String>,
-    audit: bool,
-) -> Result<(), Error> {
-    let Reader { client, link, settings } = reader;
-    let path = |service: &str, provider: &Provider| {
-        let directory = settings.layout.directory(&settings.root, service);
-        format!("{directory}/{}", settings.layout.leaf(service, provider))
-    };
-    if audit {
-        for (service, provider) in &link.held() {
-            if !is_ours(client, &path(service, provider)).await? {
-                tracing::warn!(registry = link.name(), service, "somebody removed it: again");
-                link.note_held(service, None);
-            }
-        }
-    }
-    let (held, wanted) = (link.held(), link.wanted());
-    let mut surplus = written.clone();
-    for (service, provider) in &wanted {
-        let path = path(service, provider);
-        surplus.remove(&path);
-        if held.get(service) != Some(provider) {
-            written.insert(path.clone());
-            enter(client, settings, &path, provider).await?;
-            link.note_held(service, Some(provider));
-        }
-    }
-    // Last of all: who changes what it says is never missing.
-    for path in surplus {
-        match client.delete(&path, None).await {
-            Ok(()) | Err(Error::NoNode) => written.remove(&path),
-            Err(error) => return Err(error),
-        };
-    }
-    let gone = held.keys().filter(|service| !wanted.contains_key(*service));
-    gone.for_each(|service| link.note_held(service, None));
-    Ok(())
-}
-
-/// This session owns a leaf at `path` afterwards.
-async fn enter(
-    client: &Client,
-    settings: &Zookeeper,
-    path: &str,
-    provider: &Provider,
-) -> Result<(), Error> {
-    let acls = acls(settings);
-    let data = provider.endpoint.addr.ip().to_string();
-    let data = if settings.layout == crate::config::Layout::Dubbo { data.as_bytes() } else { b"" };
-    for _ in 0..ENTER_ATTEMPTS {
-        match client.create(path, data, &CreateMode::Ephemeral.with_acls(acls)).await {
-            Ok(_) => return Ok(()),
-            Err(Error::NoNode) => {
-                let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
-                client.mkdir(parent, &CreateMode::Persistent.with_acls(acls)).await?;
-            }
-            Err(Error::NodeExists) if is_ours(client, path).await? => return Ok(()),
-            Err(Error::NodeExists) => {
-                // Left by a session of ours that has not expired yet: it would take the leaf away
-                // when it does.
-                let mut both = client.new_multi_writer();
-                both.add_delete(path, None)?;
-                both.add_create(path, data, &CreateMode::Ephemeral.with_acls(acls))?;
-                match both.commit().await.map_err(Error::from) {
-                    Ok(_) => return Ok(()),
-                    Err(Error::NoNode) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(Error::NodeExists)
-}
-
-async fn is_ours(client: &Client, path: &str) -> Result<bool, Error> {
-    let stat = client.check_stat(path).await?;
-    Ok(stat.is_some_and(|stat| stat.ephemeral_owner == client.session_id().0))
 }
 
 impl Reader {
@@ -298,15 +187,6 @@ impl Reader {
     }
 }
 
-/// Whoever has the password may change what is ours, and everybody may read it.
-fn acls(settings: &Zookeeper) -> Acls<'static> {
-    static OWN: [Acl; 2] = [
-        Acl::new_const(Permission::ALL, "auth", ""),
-        Acl::new_const(Permission::READ, "world", "anyone"),
-    ];
-    if settings.credentials.is_some() { Acls::new(&OWN) } else { Acls::anyone_all() }
-}
-
 /// Publications that could not be brought in line are tried again.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
 /// Every so many ticks weir looks whether its leaves are there.
@@ -314,5 +194,3 @@ const AUDIT_TICKS: u32 = 5;
 /// Changes of one directory that come closer than this are one.
 const COALESCE: Duration = Duration::from_millis(20);
 const READ_AGAIN: Duration = Duration::from_millis(500);
-/// Directories and rivals come and go between two steps; more than this is no accident.
-const ENTER_ATTEMPTS: u32 = 5;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
+use zookeeper_client::{Acl, Acls, AuthId, CreateMode, Permission};
 
 use crate::harness::{Net, Place, Weir, Zookeeper, until, weir};
 use crate::takeover::{SERVICE, accept, ask, await_endpoints, exchange, service};
@@ -138,7 +139,7 @@ fn publication_outlives_lost_sessions_and_servers() {
     await_endpoints(&consumer, 1);
 
     // Somebody takes the leaf away: weir looks every few seconds.
-    zookeeper.delete(&leaf[0]);
+    zookeeper.visit(async |client| client.delete(&leaf[0], None).await.unwrap());
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
     within(Duration::from_secs(9), "it is there again", || zookeeper.ephemerals() == leaf);
     await_endpoints(&consumer, 1);
@@ -258,4 +259,90 @@ fn registry_that_forgets_is_not_believed_while_the_provider_answers() {
     });
     assert_eq!(source(&consumer)["state"], "heard");
     consumer.end(&net);
+}
+
+/// RS8: what the registry refuses is said once and counted, and stops no other publication, nor the end
+/// of one; it is registered as soon as the registry lets it.
+#[test]
+fn refused_publication_stops_no_other() {
+    let net = lab();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let locked = "/sofa-rpc/com.a.AClosedService/providers";
+    let read_only = [Acl::new(Permission::READ | Permission::ADMIN, AuthId::anyone())];
+    zookeeper.visit(async |client| {
+        let parent = CreateMode::Persistent.with_acls(Acls::anyone_all());
+        client.mkdir("/sofa-rpc/com.a.AClosedService", &parent).await.unwrap();
+        let options = CreateMode::Persistent.with_acls(Acls::new(&read_only));
+        client.create(locked, b"", &options).await.unwrap();
+    });
+    let provider = provider(&net);
+    application(&net);
+    let ask_for = |what: &str, name: &str| {
+        let mut body = service(Some("20880"));
+        body["serviceName"] = name.into();
+        ask(&net, Place::Server, &format!("/services/{what}"), Some(&body))
+    };
+    let dots = ask_for("publish", "..:1.0");
+    assert_eq!(dots["success"], false, "no path can have such a part");
+    for name in ["com.a.AClosedService:1.0", SERVICE, "com.a.Other:1.0"] {
+        assert_eq!(ask_for("publish", name)["success"], true);
+    }
+    until("the others are registered", || zookeeper.ephemerals().len() == 2);
+    assert_eq!(ask_for("unpublish", "com.a.Other:1.0")["success"], true);
+    until("the end of one passes too", || zookeeper.ephemerals().len() == 1);
+    let past_an_audit = Instant::now() + Duration::from_secs(7);
+    until("it is tried again", || Instant::now() > past_an_audit);
+    assert_eq!(provider.metric("weir_registry_refusals_total", &["registry=\"main\""]), 1);
+    assert_eq!(provider.log().matches("not authorized").count(), 1, "{}", provider.log());
+    zookeeper.visit(async |client| {
+        client.set_acl(locked, &[Acl::new(Permission::ALL, AuthId::anyone())], None).await.unwrap();
+    });
+    within(Duration::from_secs(9), "it is registered", || zookeeper.ephemerals().len() == 2);
+    provider.end(&net);
+}
+
+/// Two weirs that say they have one address do not fight for its leaf: the later one has it, the other one
+/// says so, once, and does not take it away when it ends; when the later one ends, the other is back.
+#[test]
+fn leaf_of_another_weir_is_left_to_it() {
+    let net = lab();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let mut first = provider(&net);
+    application(&net);
+    publish(&net);
+    until("it is registered", || !zookeeper.ephemerals().is_empty());
+    let (leaf, owner) = (zookeeper.ephemerals(), zookeeper.owners());
+    let config = format!(
+        "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
+         app_port: 20880\n  propagation_ms: 500\n  registries: [{REGISTRY}]"
+    );
+    let second = || {
+        let weir = Weir::run(&net, &config);
+        let answer = ask(&net, Place::Node, "/services/publish", Some(&service(Some("20880"))));
+        assert_eq!(answer["success"], true);
+        weir
+    };
+    let listener = net.listen(Place::Node, APP);
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    let taking = second();
+    until("the second one has it", || {
+        zookeeper.owners() != owner && zookeeper.ephemerals() == leaf
+    });
+    let taker = zookeeper.owners();
+    let past_two_audits = Instant::now() + Duration::from_secs(12);
+    until("they do not fight", || {
+        assert_eq!((zookeeper.owners(), zookeeper.ephemerals()), (taker.clone(), leaf.clone()));
+        Instant::now() > past_two_audits
+    });
+    assert_eq!(first.log().matches("is there a second weir").count(), 1, "{}", first.log());
+    taking.end(&net);
+    within(Duration::from_secs(3), "the first one is back", || zookeeper.owners() == owner);
+
+    let taking = second();
+    until("it is taken again", || zookeeper.owners() != owner && zookeeper.ephemerals() == leaf);
+    first.signal(Signal::SIGTERM);
+    assert_eq!(first.wait().code(), Some(0));
+    assert_eq!(zookeeper.ephemerals(), leaf, "the other one's");
+    taking.end(&net);
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
 }

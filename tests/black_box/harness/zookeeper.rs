@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use zookeeper_client::Client;
 
 use super::{Net, Place, until};
 
@@ -93,16 +94,13 @@ impl<'a> Zookeeper<'a> {
         heads.map(str::to_owned).collect()
     }
 
-    /// As somebody else who may do so.
-    pub(crate) fn delete(&self, path: &str) {
+    /// What somebody else does there who is nobody in particular.
+    pub(crate) fn visit<T: Send>(&self, work: impl AsyncFnOnce(Client) -> T + Send) -> T {
         self.net.within(self.place, || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let client = zookeeper_client::Client::connect(&self.addr).await.unwrap();
-                client.delete(path, None).await.unwrap();
-            });
-        });
+            runtime.block_on(async { work(Client::connect(&self.addr).await.unwrap()).await })
+        })
     }
 
     /// Its own record of every change there ever was, as bytes with some text in them.
