@@ -26,6 +26,8 @@ pub(crate) enum Verb {
     /// A plain forwarder to compare with
     #[command(hide = true)]
     Forward(Forward),
+    /// Wait until two CPUs share a cache, and tell how far apart they are: a hypervisor moves them
+    Near(Near),
     /// Make a page, tables or data of a result of `compare`
     Report(Report),
     /// Put load on an address and print what came of it
@@ -167,6 +169,22 @@ pub(crate) struct Run {
     pub(crate) place: Place,
 }
 
+/// Prints the nanoseconds in which a cache line goes from one to the other and back. With
+/// `--nearest` it ends with 99 if they are still more than three times as far apart after the time.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Near {
+    /// The two CPUs
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1")]
+    pub(crate) cpus: Vec<usize>,
+    /// Nanoseconds at their nearest, as another call told; without it this one looks for all of the
+    /// time and tells the least
+    #[arg(long, value_name = "NS", value_parser = nanoseconds)]
+    pub(crate) nearest: Option<f64>,
+    /// Seconds to wait at most
+    #[arg(long, default_value = "10", value_parser = seconds)]
+    pub(crate) wait: Duration,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Report {
     /// The result
@@ -303,6 +321,10 @@ fn budget(text: &str) -> Result<f64, String> {
 fn within(text: &str, least: f64, most: f64) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|seconds| (least..=most).contains(seconds));
     seconds.ok_or_else(|| format!("must be from {least} to {most} seconds"))
+}
+
+fn nanoseconds(text: &str) -> Result<f64, String> {
+    within(text, 1.0, 1e6).map_err(|_| "must be from 1 to 1000000 nanoseconds".to_owned())
 }
 
 fn milliseconds(text: &str) -> Result<Duration, String> {

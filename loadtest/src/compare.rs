@@ -18,7 +18,6 @@ use result::Comparison;
 use select::{Asked, Selection, Target, Way};
 
 mod difference;
-mod distance;
 mod figures;
 mod lab;
 mod machine;

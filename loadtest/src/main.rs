@@ -16,6 +16,7 @@ mod compare;
 mod engine;
 mod forward;
 mod http;
+mod near;
 mod place;
 mod report;
 mod run;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     let exit = match Arguments::parse().verb {
         Verb::Compare(arguments) => compare::compare(&arguments),
         Verb::Forward(arguments) => forward::forward(&arguments).map(|()| Exit::Fine),
+        Verb::Near(arguments) => near::near(&arguments),
         Verb::Report(arguments) => report::report(&arguments),
         Verb::Run(arguments) => run::run(&arguments),
         Verb::Serve(arguments) => serve::serve(&arguments).map(|()| Exit::Fine),

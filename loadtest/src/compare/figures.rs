@@ -7,6 +7,7 @@ use super::matrix::SYSCALLS;
 use super::programs::Started;
 use super::result::{Cell, Comparison, Round};
 use super::select::Workload;
+use crate::near;
 use crate::run::outcome::{ENOUGH_FOR_P99, Outcome};
 
 /// Adds a round to its cell. Of one that was measured again the better one counts, whatever came of
@@ -38,7 +39,8 @@ pub(super) fn keep(
         comparison.cells.len() - 1
     });
     let rounds = &mut comparison.cells[place].rounds;
-    let badness = |round: &Round| (round.distance_ns / FAR).max(round.disturbance / DISTURBED);
+    let badness =
+        |round: &Round| (round.distance_ns / near::FAR).max(round.disturbance / DISTURBED);
     match rounds.iter_mut().find(|other| other.number == number) {
         Some(other) if badness(other) <= badness(&round) => {}
         Some(other) => *other = round,
@@ -50,13 +52,8 @@ pub(super) fn keep(
 pub(super) fn mark(comparison: &mut Comparison, nearest_ns: f64) {
     for round in comparison.cells.iter_mut().flat_map(|cell| &mut cell.rounds) {
         round.was_disturbed =
-            round.disturbance > DISTURBED || is_far(round.distance_ns, nearest_ns);
+            round.disturbance > DISTURBED || near::is_far(round.distance_ns, nearest_ns);
     }
-}
-
-/// Whether CPUs are so much further apart than they can be that figures tell it.
-pub(super) fn is_far(distance_ns: f64, nearest_ns: f64) -> bool {
-    distance_ns > nearest_ns * FAR
 }
 
 /// Once all is measured: the latencies of a cell are those of its rounds.
@@ -183,9 +180,6 @@ fn tracked_per_flow(workload: &Workload, outcome: &Outcome) -> f64 {
 
 /// A measurement is disturbed if others had more of it.
 const DISTURBED: f64 = 0.4;
-/// Times further apart than the nearest that was seen. Noise is two thirds of that; another cache is
-/// seven times as far.
-const FAR: f64 = 3.0;
 /// CPUs that others may have.
 const OTHERS_CPUS: f64 = 0.1;
 /// In less there is no stretch.

@@ -11,15 +11,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::figures;
 use super::lab::Lab;
 use super::programs::{self, Common, Started};
 use super::result::Comparison;
 use super::select::Workload;
-use super::{distance, figures};
 use crate::run::Kind;
 use crate::run::outcome::Outcome;
 use crate::signals::is_interrupted;
-use crate::watch;
+use crate::{near, watch};
 
 /// Rounds, and places of the target and the workload.
 type Steps = VecDeque<(u32, (usize, usize))>;
@@ -75,7 +75,7 @@ pub(super) fn measure(
         let left = u32::try_from(steps.len() + 1)?;
         let until = Instant::now() + spent / done.max(1) * left;
         let wait = plan.until.saturating_duration_since(until);
-        let before = near(plan, target, workload, &mut nearest, wait);
+        let before = once_near(plan, target, workload, &mut nearest, wait);
         let began = Instant::now();
         let measured = afresh(plan, lab, target, workload)
             .and_then(|()| one(plan, target, workload))
@@ -109,7 +109,7 @@ fn warn(bar: &ProgressBar, comparison: &mut Comparison, text: String) {
 }
 
 /// Waits, but no longer than `most`, until the CPUs are as near as they can be; how near they are.
-fn near(
+fn once_near(
     plan: &Plan,
     target: &Started,
     workload: &Workload,
@@ -119,17 +119,17 @@ fn near(
     let until = Instant::now() + most;
     loop {
         let apart = distance(plan, target, workload, nearest);
-        if !figures::is_far(apart, *nearest) || Instant::now() > until || is_interrupted() {
+        if !near::is_far(apart, *nearest) || Instant::now() > until || is_interrupted() {
             return apart;
         }
-        std::thread::sleep(FAR_LOOK_EVERY);
+        std::thread::sleep(near::LOOK_EVERY);
     }
 }
 
 /// Of the CPUs that a measurement needs; nothing if that is one, or where nobody is busy.
 fn distance(plan: &Plan, target: &Started, workload: &Workload, nearest: &mut f64) -> f64 {
     let other = target.cpus.first().filter(|_| workload.kind != Kind::Idle);
-    let found = other.and_then(|other| distance::between(plan.generator_cpu, *other));
+    let found = other.and_then(|other| near::between(plan.generator_cpu, *other));
     let found = found.filter(|found| *found > 0.0);
     *nearest = found.unwrap_or(*nearest).min(*nearest);
     found.unwrap_or(0.0)
@@ -306,7 +306,6 @@ fn settle(target: &Started, idle: u64) {
     }
 }
 
-const FAR_LOOK_EVERY: Duration = Duration::from_millis(50);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// To open thousands of connections, and to be slow.
 const PATIENCE: Duration = Duration::from_secs(30);

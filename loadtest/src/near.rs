@@ -9,10 +9,44 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::place;
+use anyhow::{Result, bail};
+
+use crate::arguments::Near;
+use crate::{Exit, place, print};
+
+/// For scripts that measure by themselves.
+pub(crate) fn near(arguments: &Near) -> Result<Exit> {
+    let [one, other] = arguments.cpus[..] else { bail!("--cpus: name two CPUs, as 0,1") };
+    let until = Instant::now() + arguments.wait;
+    let enough = arguments.nearest.map_or(0.0, |nearest| nearest * FAR);
+    let nearest = least(one, other, enough, until);
+    let Some(nearest) = nearest else { bail!("others keep CPU {one} or {other} busy") };
+    print(&format!("{nearest:.0}\n"));
+    let is_missed = arguments.nearest.is_some() && nearest > enough;
+    Ok(if is_missed { Exit::ThresholdMissed } else { Exit::Fine })
+}
+
+/// The least distance seen until it was enough or the time was over.
+fn least(one: usize, other: usize, enough: f64, until: Instant) -> Option<f64> {
+    let mut least = None;
+    loop {
+        if let Some(distance) = between(one, other) {
+            least = Some(least.map_or(distance, |least: f64| least.min(distance)));
+        }
+        if least.is_some_and(|least| least <= enough) || Instant::now() >= until {
+            return least;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Whether CPUs are so much further apart than they can be that figures tell it.
+pub(crate) fn is_far(distance_ns: f64, nearest_ns: f64) -> bool {
+    distance_ns > nearest_ns * FAR
+}
 
 /// Nanoseconds of a round trip; nothing if one of them has no time for us.
-pub(super) fn between(one: usize, other: usize) -> Option<f64> {
+pub(crate) fn between(one: usize, other: usize) -> Option<f64> {
     if one == other {
         return Some(0.0);
     }
@@ -58,7 +92,12 @@ impl Ball {
     }
 }
 
+/// Times further apart than the nearest that was seen. Noise is two thirds of that; another cache is
+/// seven times as far.
+pub(crate) const FAR: f64 = 3.0;
 const FIRST_TRIPS: u32 = 500;
+/// Between two looks of who waits.
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Looks between two at the clock.
 const LOOKS: u32 = 4096;
 const PATIENCE: Duration = Duration::from_millis(50);
