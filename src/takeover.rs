@@ -26,6 +26,8 @@ mod kept;
 mod layout;
 mod link;
 mod shelf;
+#[cfg(feature = "sofa")]
+mod sofa;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "zookeeper")]

@@ -10,6 +10,10 @@ use super::service;
 use crate::service::Endpoint;
 use crate::yaml::{Mistakes, Section};
 
+pub use self::sofa::{Scope, Sofa};
+
+mod sofa;
+
 /// Where services are kept.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Registry {
@@ -25,6 +29,7 @@ impl Registry {
     pub fn identity(&self) -> Option<String> {
         match &self.kind {
             RegistryKind::File(path) => Some(format!("file {}", path.display())),
+            RegistryKind::Sofa(settings) => Some(settings.identity()),
             RegistryKind::Static(_) => None,
             RegistryKind::Zookeeper(Zookeeper { layout, root, servers, .. }) => {
                 let mut servers = servers.clone();
@@ -40,6 +45,8 @@ impl Registry {
 pub enum RegistryKind {
     /// A YAML file, looked at again whenever it changes. Read only.
     File(PathBuf),
+    /// SOFARegistry.
+    Sofa(Sofa),
     /// In the config itself; what local applications publish is added while weir runs.
     Static(Vec<Named>),
     /// ZooKeeper.
@@ -140,6 +147,7 @@ pub(super) fn registries(
         let directory = directory.unwrap_or(Path::new(""));
         let kind = match word {
             Kind::File => file(&mut section, directory, mistakes),
+            Kind::Sofa => sofa::sofa(&mut section, mistakes),
             Kind::Static => Some(RegistryKind::Static(named(&mut section, mistakes))),
             Kind::Zookeeper => zookeeper(&mut section, directory, mistakes),
         };
@@ -306,22 +314,31 @@ pub fn is_service_name(name: &str) -> bool {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Kind {
     File,
+    Sofa,
     Static,
     Zookeeper,
 }
 
-const KINDS: [(&str, Kind); 3] =
-    [("file", Kind::File), ("static", Kind::Static), ("zookeeper", Kind::Zookeeper)];
+const KINDS: [(&str, Kind); 4] = [
+    ("file", Kind::File),
+    ("sofa", Kind::Sofa),
+    ("static", Kind::Static),
+    ("zookeeper", Kind::Zookeeper),
+];
 /// Which kinds have a key.
-const KEYS: [(&str, &[Kind]); 8] = [
+const KEYS: [(&str, &[Kind]); 12] = [
+    ("group", &[Kind::Sofa]),
+    ("heartbeat_ms", &[Kind::Sofa]),
     ("layout", &[Kind::Zookeeper]),
     ("password_file", &[Kind::Zookeeper]),
     ("path", &[Kind::File]),
     ("root", &[Kind::Zookeeper]),
-    ("servers", &[Kind::Zookeeper]),
+    ("scope", &[Kind::Sofa]),
+    ("servers", &[Kind::Sofa, Kind::Zookeeper]),
     ("services", &[Kind::Static]),
     ("session_timeout_ms", &[Kind::Zookeeper]),
     ("user", &[Kind::Zookeeper]),
+    ("zone", &[Kind::Sofa]),
 ];
 /// Servers usually allow 2 to 20 of their ticks, which is 4 to 40 s.
 const SESSION_MS: RangeInclusive<u64> = 1_000..=120_000;

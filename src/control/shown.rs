@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::config::{
     Captured, Config, Credentials, Destinations, Forward, Inbound, InboundCapture, Named,
     Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection, ProxyProtocol, Reach,
-    Registry, RegistryKind, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
+    Registry, RegistryKind, Sofa, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -180,6 +180,7 @@ fn takeover(takeover: &Takeover) -> Value {
             let services: Vec<Value> = services.iter().map(named).collect();
             json!({ "name": registry.name, "kind": "static", "services": services })
         }
+        RegistryKind::Sofa(settings) => sofa(&registry.name, settings),
         RegistryKind::Zookeeper(settings) => zookeeper(&registry.name, settings),
     };
     shown["registries"] = takeover.registries.iter().map(registry).collect();
@@ -199,6 +200,22 @@ fn protection(protection: &Protection) -> Value {
         "drop_percent": protection.drop_percent,
         "drop_ms": profile::millis(protection.drop_for),
     })
+}
+
+fn sofa(name: &str, settings: &Sofa) -> Value {
+    let Sofa { group, heartbeat, scope, servers, zone } = settings;
+    let mut shown = json!({
+        "name": name,
+        "kind": "sofa",
+        "servers": servers,
+        "group": group,
+        "scope": scope.word(),
+        "heartbeat_ms": profile::millis(*heartbeat),
+    });
+    if !zone.is_empty() {
+        shown["zone"] = zone.as_str().into();
+    }
+    shown
 }
 
 fn zookeeper(name: &str, settings: &Zookeeper) -> Value {
@@ -331,6 +348,7 @@ takeover:
     - { name: main, kind: static, services: [{ name: "a:1", parameters: "v=1", endpoints: ["10.0.0.1:2", { addr: "10.0.0.2:2", weight: 1, zone: b }] }] }
     - { name: lab, kind: file, path: /tmp/services.yaml }
     - { name: keeper, kind: zookeeper, servers: ["10.0.0.9:2181", "zk.example:2181"], layout: dubbo, root: /d, user: u, password_file: /p, session_timeout_ms: 5000 }
+    - { name: sofa, kind: sofa, servers: ["10.0.0.9:9603"], group: g, zone: z, scope: data_center, heartbeat_ms: 1000 }
   propagation_ms: 1000
   protect: { empty_ms: 1000, drop_percent: 50, drop_ms: 2000 }
   state: /var/lib/weir

@@ -14,6 +14,8 @@ use super::belief::Reason;
 use super::book::{Book, Source, Suspect};
 use super::link::Remote;
 use super::shelf::Shelf;
+#[cfg(feature = "sofa")]
+use super::sofa;
 #[cfg(feature = "zookeeper")]
 use super::zookeeper;
 use super::{FileRegistry, FixedRegistry, Provider, Registry, Standing};
@@ -446,6 +448,13 @@ impl std::fmt::Debug for Desk {
 fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
     match &one.kind {
         RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
+        #[cfg(feature = "sofa")]
+        RegistryKind::Sofa(settings) => {
+            let settings = settings.clone();
+            Box::new(Remote::spawn(&one.name, |link| sofa::run(link, settings)))
+        }
+        #[cfg(not(feature = "sofa"))]
+        RegistryKind::Sofa(_) => Box::new(FixedRegistry::new(&one.name, &[])),
         RegistryKind::Static(services) => Box::new(FixedRegistry::new(&one.name, services)),
         #[cfg(feature = "zookeeper")]
         RegistryKind::Zookeeper(settings) => {

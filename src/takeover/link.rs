@@ -48,7 +48,7 @@ struct Notes {
 
 /// Who subscribes again has heard nothing yet, also if the task has not noticed that he was gone.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Life(u64);
+pub(super) struct Life(pub(super) u64);
 
 /// The task's own tasks: one for each service that is subscribed to, for each life of its subscription.
 #[derive(Debug, Default)]
@@ -264,11 +264,15 @@ impl Backoff {
     }
 }
 
-/// From 0 to 1; good enough to keep many weirs out of step.
+/// From 0 to 1.
 fn chance() -> f64 {
+    f64::from(u32::try_from(random() >> 32).unwrap_or(0)) / f64::from(u32::MAX)
+}
+
+/// Good enough to keep many weirs out of step, and to tell them apart.
+pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
-    f64::from(u32::try_from(random >> 32).unwrap_or(0)) / f64::from(u32::MAX)
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
 const PAUSE_FIRST: Duration = Duration::from_secs(1);

@@ -29,6 +29,7 @@ mod routing;
 mod rules;
 mod services;
 mod sockmap;
+mod sofaregistry;
 mod splice;
 mod takeover;
 mod tune;
