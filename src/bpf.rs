@@ -8,13 +8,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::maps::{Array, Map, MapData, MapError};
-use aya::programs::{CgroupSockAddr, Program, ProgramError, SockOps};
+use aya::programs::{CgroupSockAddr, ProgramError, SockOps};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::sys::cgroup::{self, CgroupError};
@@ -22,6 +22,7 @@ use crate::sys::netns;
 use crate::sys::process;
 use crate::sys::socket::netns_cookie;
 
+use attached::Attached;
 use control::{Control, Mode, Pulse};
 use filters::FilterMaps;
 use links::Place;
@@ -34,6 +35,7 @@ pub use records::{Losses, Records};
 
 pub mod sockmap;
 
+mod attached;
 mod control;
 mod filters;
 mod links;
@@ -48,7 +50,7 @@ pub struct HookPlan {
     pub cgroups: Vec<PathBuf>,
     /// Connects are refused when we are gone, and not only while we drain.
     pub closed: bool,
-    /// Which of their connects.
+    /// Which of their connects; none if it takes no more.
     pub filters: Filters,
     /// Sockets with this mark, under the mask that follows, are ours.
     pub own_mark: u32,
@@ -69,16 +71,10 @@ pub struct ConnectHook {
     filters: FilterMaps,
     namespace: u64,
     paths: Vec<PathBuf>,
+    port: u16,
     /// `None` until connects are taken.
     pulse: Option<Pulse>,
     records: Arc<Records>,
-}
-
-/// The programs on one cgroup.
-struct Attached {
-    cgroup: File,
-    links: Vec<(&'static Part, OwnedFd)>,
-    path: PathBuf,
 }
 
 /// One program of the object.
@@ -143,6 +139,14 @@ pub enum HookError {
     },
 }
 
+impl HookPlan {
+    /// Nothing more is taken; what was taken goes on.
+    #[must_use]
+    pub fn leaves(&self) -> bool {
+        self.filters.include_ports.is_empty()
+    }
+}
+
 impl ConnectHook {
     /// Loads the programs and fills their maps; takes nothing yet.
     ///
@@ -185,31 +189,10 @@ impl ConnectHook {
             filters,
             namespace,
             paths: plan.cgroups.clone(),
+            port: plan.port,
             pulse: None,
             records: Arc::new(Records::new(records, losses)),
         })
-    }
-
-    /// Begins to take connects of every cgroup that is there and not taken yet: at first, and again
-    /// when one was made anew. What an earlier weir left pinned is taken over without a gap.
-    ///
-    /// # Errors
-    ///
-    /// A cgroup is not there, or the kernel refuses a program.
-    pub fn attach(&mut self) -> Result<(), HookError> {
-        if self.pulse.is_none() {
-            let failed = |source| HookError::Pulse { source, step: "start the pulse" };
-            self.pulse = Some(Pulse::start(&self.control).map_err(failed)?);
-        }
-        self.attached.retain(Attached::stands);
-        let mut result = Ok(());
-        for path in self.paths.clone() {
-            if self.attached.iter().all(|attached| attached.path != path) {
-                let attached = self.attach_to(&path);
-                result = result.and(attached.map(|attached| self.attached.push(attached)));
-            }
-        }
-        result
     }
 
     /// Pins what shall stay. Says where all of that is, and which pins are new.
@@ -239,12 +222,6 @@ impl ConnectHook {
         }
     }
 
-    /// Every cgroup at its path is the one to which the programs are attached.
-    #[must_use]
-    pub fn stands(&self) -> bool {
-        self.attached.len() == self.paths.len() && self.attached.iter().all(Attached::stands)
-    }
-
     /// Takes no more connects; those taken keep the peer name that the application dialled. Under
     /// `closed` more are refused.
     pub fn stop(&mut self) {
@@ -256,56 +233,16 @@ impl ConnectHook {
         }
     }
 
-    /// From now on connects meet these filters: there is no moment without any. Connections that
-    /// were taken already stay.
-    ///
-    /// # Errors
-    ///
-    /// They do not fit; the old ones stay in force.
-    pub fn update(&mut self, filters: &Filters) -> Result<(), HookError> {
-        self.filters.update(filters)
+    /// Of which listener it is: as long as it lives.
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        self.port
     }
 
     /// Where taken connects meant to go.
     #[must_use]
     pub fn records(&self) -> Arc<Records> {
         Arc::clone(&self.records)
-    }
-
-    /// What makes records and names goes before what redirects.
-    fn attach_to(&self, path: &Path) -> Result<Attached, HookError> {
-        let cgroup = cgroup::open(path)?;
-        let pins = Pins::find();
-        let number = number_of(&cgroup);
-        let mut attached = Attached { cgroup, links: Vec::new(), path: path.to_owned() };
-        for part in PARTS {
-            let refused = |source: io::Error| HookError::Program {
-                program: part.name,
-                said: source.to_string(),
-                step: "attach",
-            };
-            let program = self.program(part)?;
-            let place = pins.as_ref().zip(number).filter(|_| part.redirects);
-            let place = place.map(|(pins, number)| pins.place(self.namespace, number, part.name));
-            let left = place.zip(number).and_then(|(place, number)| pins::adopt(&place, number));
-            let link = match left {
-                Some(link) => links::update(link.as_fd(), program).map(|()| link),
-                None => links::create(program, attached.cgroup.as_fd(), part.place),
-            };
-            attached.links.push((part, link.map_err(refused)?));
-            process::made(part.name);
-        }
-        Ok(attached)
-    }
-
-    fn program(&self, part: &Part) -> Result<BorrowedFd<'_>, HookError> {
-        let program = self.bpf.program(part.name).ok_or(HookError::Built(part.name))?;
-        let fd = match program {
-            Program::CgroupSockAddr(program) => program.fd(),
-            Program::SockOps(program) => program.fd(),
-            _ => return Err(HookError::Built(part.name)),
-        };
-        fd.map(AsFd::as_fd).map_err(|error| program_error(part.name, "attach", &error))
     }
 }
 
@@ -431,12 +368,6 @@ pub fn numbers_on(path: &Path) -> Result<Vec<u32>, HookError> {
     all.sort_unstable();
     all.dedup();
     Ok(neighbours::ours_of(&all))
-}
-
-impl Attached {
-    fn stands(&self) -> bool {
-        cgroup::open(&self.path).is_ok_and(|now| number_of(&now) == number_of(&self.cgroup))
-    }
 }
 
 impl Drop for ConnectHook {

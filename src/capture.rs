@@ -43,6 +43,17 @@ pub struct Prepared {
     plan: Plan,
 }
 
+/// What is taken can become this, and everything that can be refused was granted; nothing is changed
+/// yet.
+#[derive(Debug)]
+pub struct PreparedChange {
+    /// Those that are not there yet.
+    hooks: Vec<ConnectHook>,
+    plan: Plan,
+    /// See `Prepared::records`.
+    records: Vec<(u16, Arc<Records>)>,
+}
+
 /// Traffic is being taken. Dropping it lets traffic go its own way again.
 #[derive(Debug)]
 pub struct Capture {
@@ -245,11 +256,11 @@ impl Plan {
 }
 
 impl Prepared {
-    /// Where connects meant to go, for the workers that accept them; one for each hook of the plan,
-    /// in its order.
+    /// Where connects meant to go, for the workers that accept them: for each hook of the plan, by the
+    /// port of its listener.
     #[must_use]
-    pub fn records(&self) -> Vec<Arc<Records>> {
-        self.hooks.iter().map(ConnectHook::records).collect()
+    pub fn records(&self) -> Vec<(u16, Arc<Records>)> {
+        self.hooks.iter().map(|hook| (hook.port(), hook.records())).collect()
     }
 
     /// Takes the traffic. Call it when everything that shall receive it listens.

@@ -16,7 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 
 use crate::bpf::sockmap::SockmapError;
-use crate::capture::{CaptureError, OWN_MARK, Records};
+use crate::capture::{CaptureError, OWN_MARK};
 use crate::config::{Config, OnChange};
 use crate::profile::Profile;
 use crate::ring::Fallback;
@@ -118,6 +118,16 @@ pub enum RunError {
          6.11 or newer, or `source: own`)"
     )]
     NoBind,
+    /// A listener cannot be had before another one of ours is gone.
+    #[error(
+        "workload `{name}`: weir listens on {listen} for what it captures by another means, until the          reload is done (give it another `listen`, or take the old one out by one reload and bring          the new one in by the next)"
+    )]
+    Overlap {
+        /// What is wanted.
+        listen: SocketAddr,
+        /// Of the workload; empty for what stands at the top of the file.
+        name: String,
+    },
     /// The kernel cannot splice, or may not.
     #[error(
         "relay splice needs splice(2) and descriptors lent by the ring, which this kernel lacks or \
@@ -196,7 +206,7 @@ struct Running {
     on_change: OnChange,
     profile: Arc<Profile>,
     /// Of the connect hooks.
-    records: watch::Sender<Vec<Arc<Records>>>,
+    records: watch::Sender<capturing::Recorded>,
     /// What others did to the capture.
     rules_lost: RulesLost,
     services: Arc<Services>,

@@ -186,12 +186,16 @@ pub struct Change {
 pub struct Alteration {
     /// Where it listens.
     pub addr: SocketAddr,
-    /// The network namespace that it is in, perhaps with other own ports.
+    /// The number of the place in which it has been until now.
+    pub from: u32,
+    /// The network namespace that it is in, perhaps with other own ports or another number.
     pub place: Arc<Place>,
     /// See `Listener`.
     pub proxy_protocol: ProxyProtocol,
     /// `None` for as before.
     pub route: Option<Route>,
+    /// Whose flows it brings; empty if nobody's by name.
+    pub workload: Arc<str>,
 }
 
 /// Whose address an upstream sees.

@@ -33,6 +33,21 @@ pub struct Losses {
     pub storage: u64,
 }
 
+impl Losses {
+    /// The sum of both.
+    #[must_use]
+    pub const fn and(self, other: Losses) -> Losses {
+        Losses {
+            overruled: self.overruled + other.overruled,
+            passed: self.passed + other.passed,
+            record_clash: self.record_clash + other.record_clash,
+            records_full: self.records_full + other.records_full,
+            refused: self.refused + other.refused,
+            storage: self.storage + other.storage,
+        }
+    }
+}
+
 /// `struct record_key` of shared.h.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -4,9 +4,13 @@
 //! Invariant: a change that is refused leaves everything as it was, or missing, which the next look
 //! notices and mends.
 
+use std::sync::Arc;
+
 use super::guard::{self, Guard};
-use super::{Capture, CaptureError, Part, Plan, RuleCounts, accepts_marks, nft, route};
-use crate::bpf::{self, ConnectHook};
+use super::{
+    Capture, CaptureError, Part, Plan, PreparedChange, RuleCounts, accepts_marks, nft, route,
+};
+use crate::bpf::{self, ConnectHook, HookError, HookPlan, Records};
 use crate::sys::netlink::Changes;
 
 impl Capture {
@@ -59,20 +63,40 @@ impl Capture {
         }
     }
 
-    /// Takes from now on what `plan` says, without a moment in which nothing is taken. Its hooks must
-    /// be those that there are, apart from their filters.
+    /// Tries what can be tried of `plan` without a change to what is taken.
+    ///
+    /// # Errors
+    ///
+    /// The first reason why it cannot be had, with its cure.
+    pub fn prepare(&self, plan: Plan) -> Result<PreparedChange, CaptureError> {
+        plan.suits_host()?;
+        if !plan.marks().is_empty() {
+            route::preflight()?;
+        }
+        nft::check_beside(&nft::draft(&plan, accepts_marks())?)?;
+        let mut hooks = Vec::new();
+        for wanted in plan.hooks() {
+            match self.hooks.iter().find(|hook| hook.port() == wanted.port) {
+                Some(hook) => hook.can_take(wanted)?,
+                None => hooks.push(ConnectHook::load(wanted)?),
+            }
+        }
+        let all = self.hooks.iter().chain(&hooks);
+        let records = all.map(|hook| (hook.port(), hook.records())).collect();
+        Ok(PreparedChange { hooks, plan, records })
+    }
+
+    /// Takes from now on what was prepared, without a moment in which nothing is taken. Hooks that are
+    /// wanted by both go on.
     ///
     /// # Errors
     ///
     /// A step was refused; what was taken before is still taken.
-    pub fn change(&mut self, plan: Plan) -> Result<(), CaptureError> {
-        plan.suits_host()?;
-        let marks = plan.marks();
+    pub fn change(&mut self, change: PreparedChange) -> Result<(), CaptureError> {
+        let PreparedChange { hooks, plan, .. } = change;
         // Rules that nothing needs any more are inert, and stay until the end.
-        if !marks.is_empty() {
-            route::preflight()?;
-            self.routes.put(&marks)?;
-        }
+        self.routes.put(&plan.marks())?;
+        self.hooks.extend(hooks);
         let old = std::mem::replace(&mut self.plan, plan);
         let changed = self.bring_about();
         if changed.is_err() {
@@ -91,14 +115,26 @@ impl Capture {
         if self.guard.is_some() {
             guard::remove()?;
         }
+        // What takes more comes before what takes less: nothing slips through in between.
+        let hooked = self.update_hooks(|wanted| !wanted.leaves());
         let taken = self.table.as_mut().map_or(Ok(()), |table| table.change(&draft));
-        let hooks = self.hooks.iter_mut().zip(self.plan.hooks());
-        let hooked = hooks.map(|(hook, plan)| hook.update(&plan.filters));
-        let hooked = hooked.fold(Ok(()), Result::and);
+        let hooked = hooked.and(self.update_hooks(HookPlan::leaves));
+        let is_wanted = |hook: &ConnectHook| self.plan.hooks().any(|one| one.port == hook.port());
+        self.hooks.retain(is_wanted);
+        let hooked = hooked.and_then(|()| bpf::settle(&self.hooks).map(drop));
         self.guard = text.map(Guard::absent);
         let guarded = self.guard.as_mut().map_or(Ok(()), Guard::mend);
         self.cgroups = self.plan.cgroups();
         taken.and(hooked.map_err(CaptureError::from)).and(guarded)
+    }
+
+    fn update_hooks(&mut self, which: impl Fn(&HookPlan) -> bool) -> Result<(), HookError> {
+        let update = |wanted: &HookPlan| {
+            let hook = self.hooks.iter_mut().find(|hook| hook.port() == wanted.port);
+            hook.map_or(Ok(()), |hook| hook.update(wanted))
+        };
+        let wanted = self.plan.hooks().filter(|wanted| which(wanted));
+        wanted.map(update).fold(Ok(()), Result::and)
     }
 
     /// Tells nft of cgroups that were made anew; flows that are open stay taken.
@@ -116,5 +152,13 @@ impl Capture {
         }
         self.cgroups = cgroups;
         Ok(())
+    }
+}
+
+impl PreparedChange {
+    /// As of `Prepared`: for each hook, those that there are and those that come.
+    #[must_use]
+    pub fn records(&self) -> &[(u16, Arc<Records>)] {
+        &self.records
     }
 }

@@ -64,12 +64,13 @@ pub(super) fn remove() -> Result<(), CaptureError> {
 
 /// The transaction that makes the table; `None` if nothing that nft takes shall be refused.
 pub(super) fn text(plan: &Plan) -> Result<Option<String>, CaptureError> {
-    let outbound: Vec<&Netfilter> = plan.netfilter().collect();
-    if !plan.closed || plan.inbound.is_none() && outbound.is_empty() {
+    let outbound: Vec<&Netfilter> = plan.netfilter().filter(|one| !one.leaves).collect();
+    let inbound = plan.inbound.iter().find(|inbound| !inbound.leaves);
+    if !plan.closed || inbound.is_none() && outbound.is_empty() {
         return Ok(None);
     }
     let mut chains = Chains::default();
-    if let Some(inbound) = &plan.inbound {
+    if let Some(inbound) = inbound {
         chains.add("inbound", None, &refused(inbound, &plan.own_ports));
         let rules = [
             format!("socket mark & {MARK_MASK:#x} == {OWN_MARK:#x} return"),

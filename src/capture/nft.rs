@@ -28,12 +28,15 @@ pub(super) fn draft(plan: &Plan, accepts_marks: bool) -> Result<Draft, CaptureEr
     let mut draft = Draft::default();
     leave_untracked(&mut draft, plan);
     let by = |way: Way| plan.netfilter().filter(|one| one.way == way).collect::<Vec<_>>();
-    match &plan.inbound {
-        Some(inbound) if inbound.way == Way::Redirect => {
-            redirect::inbound(&mut draft, inbound, &plan.own_ports);
+    let alone = plan.inbound.len() == 1;
+    for inbound in &plan.inbound {
+        match inbound.way {
+            Way::Redirect => redirect::inbound(&mut draft, inbound, &plan.own_ports),
+            Way::Tproxy => {
+                let own_ports = &plan.own_ports;
+                tproxy::inbound(&mut draft, (inbound, alone), own_ports, accepts_marks);
+            }
         }
-        Some(inbound) => tproxy::inbound(&mut draft, inbound, &plan.own_ports, accepts_marks),
-        None => {}
     }
     tproxy::outbound(&mut draft, &by(Way::Tproxy))?;
     redirect::outbound(&mut draft, &by(Way::Redirect))?;
@@ -123,6 +126,11 @@ pub(super) fn check(text: &str) -> Result<(), CaptureError> {
     Err(refused("check the nft table", &String::from_utf8_lossy(&output.stderr)))
 }
 
+/// As `check`, where our table is there already: only its owner may name it.
+pub(super) fn check_beside(draft: &Draft) -> Result<(), CaptureError> {
+    check(&draft.table().replacen("table inet weir ", "table inet weir_next ", 1))
+}
+
 fn nft(arguments: &[&str], text: &str) -> Result<Output, CaptureError> {
     let mut child = Command::new("nft")
         .args(arguments)
@@ -169,11 +177,12 @@ mod tests {
             exclude: vec![22..=22],
             include: vec![1..=65_535],
             keep_source: true,
+            leaves: false,
             listen: listen.parse().unwrap(),
             way,
         };
         let plan =
-            Plan { inbound: Some(inbound), own_ports: vec![15_020, 15_006], ..Plan::default() };
+            Plan { inbound: vec![inbound], own_ports: vec![15_020, 15_006], ..Plan::default() };
         draft(&plan, true).unwrap().table()
     }
 

@@ -7,7 +7,7 @@ use crate::addr::canonical;
 use crate::sys::socket::is_local_address;
 
 /// The ports weir listens on: dialling one of them on an address of this host would loop.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OwnPorts {
     ports: Vec<u16>,
 }

@@ -16,9 +16,9 @@ use crate::sys::cgroup;
 pub struct Plan {
     /// What would be taken is refused when we are gone.
     pub closed: bool,
-    /// Traffic to the workload.
-    pub inbound: Option<Inbound>,
-    /// Traffic from workloads, each in its own way.
+    /// Traffic to the workload: what is taken, and what leaves.
+    pub inbound: Vec<Inbound>,
+    /// Traffic from workloads, each in its own way; what leaves comes last.
     pub outbound: Vec<Outbound>,
     /// Ports of ours: never taken.
     pub own_ports: Vec<u16>,
@@ -35,6 +35,8 @@ pub struct Inbound {
     pub include: Vec<RangeInclusive<u16>>,
     /// The workload sees the client's address, so its replies must be led back to us.
     pub keep_source: bool,
+    /// Nothing more is taken; what was taken goes on.
+    pub leaves: bool,
     /// Where a listener waits; under `Tproxy` a transparent one.
     pub listen: SocketAddr,
     /// By which means.
@@ -65,6 +67,8 @@ pub struct Netfilter {
     pub include: Vec<IpNet>,
     /// Destination ports to take.
     pub include_ports: Vec<RangeInclusive<u16>>,
+    /// Nothing more is taken; what was taken goes on.
+    pub leaves: bool,
     /// Where listeners wait, on 127.0.0.1 and ::1; under `Tproxy` transparent ones.
     pub port: u16,
     /// By which means.
@@ -118,11 +122,11 @@ impl Plan {
     }
 
     pub(super) fn takes_any_destination(&self) -> bool {
-        self.inbound.as_ref().is_some_and(|inbound| inbound.any_destination)
+        self.inbound.iter().any(|inbound| inbound.any_destination)
     }
 
     pub(super) fn keeps_source(&self) -> bool {
-        self.inbound.as_ref().is_some_and(|inbound| inbound.keep_source)
+        self.inbound.iter().any(|inbound| inbound.keep_source)
     }
 
     /// nft rewrites a destination somewhere, which needs connection tracking.

@@ -12,15 +12,20 @@ use super::{CaptureError, MARK_MASK, OWN_MARK, STEER_MARK};
 
 /// What arrives for a taken port goes to our port on the interface's own address.
 pub(super) fn inbound(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16]) {
-    let mut rules = left_alone(inbound, own_ports);
     let port = inbound.listen.port();
+    refuse_loops(draft, port);
+    count_rewritten(draft, port);
+    // Without a chain of this type the kernel rewrites no more, also what it has begun to.
+    draft.keep(Hook::PreroutingNat);
+    if inbound.leaves {
+        return;
+    }
+    let mut rules = left_alone(inbound, own_ports);
     let family = if inbound.listen.is_ipv4() { "meta nfproto ipv4 " } else { "" };
     let included = ports(&inbound.include);
     rules.push(format!("{family}tcp dport {included} counter redirect to :{port}"));
     draft.taking("inbound", rules);
     draft.rule(Hook::PreroutingNat, "iif != lo meta l4proto tcp fib daddr type local jump inbound");
-    refuse_loops(draft, port);
-    count_rewritten(draft, port);
 }
 
 /// What a workload dials goes to our port on loopback.
@@ -28,19 +33,22 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
     if list.is_empty() {
         return Ok(());
     }
+    draft.keep(Hook::OutputNat);
     draft.rule(
         Hook::OutputNat,
         format!("meta mark & {MARK_MASK:#x} == {{ {OWN_MARK:#x}, {STEER_MARK:#x} }} return"),
     );
-    for (index, one) in list.iter().enumerate() {
-        let chain = format!("outbound_redirect_{index}");
+    for one in list {
+        refuse_loops(draft, one.port);
+        count_rewritten(draft, one.port);
+    }
+    for one in list.iter().filter(|one| !one.leaves) {
+        let chain = format!("outbound_redirect_{}", one.port);
         draft.taking(&chain, taken(one, &format!("counter redirect to :{}", one.port))?);
         draft.rule(
             Hook::OutputNat,
             format!("meta l4proto tcp fib daddr type != local jump {chain}"),
         );
-        refuse_loops(draft, one.port);
-        count_rewritten(draft, one.port);
     }
     Ok(())
 }

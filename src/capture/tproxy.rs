@@ -15,13 +15,16 @@ use super::{CaptureError, FOREIGN_MARK, MARK_MASK, OUTBOUND_MARK, OWN_MARK};
 /// first, and leaves alone what belongs to one that is not transparent: the replies to the
 /// workload's own connections. The workload's side of a flow over loopback carries the mark that it
 /// inherited; where it inherits none (`accepts_marks`), it is told by its ports.
+///
+/// While one way of capture leaves for another one (not `alone`), connections of both are under way,
+/// and connection tracking, which knows those of redirect, has not been asked yet. Then only a SYN is
+/// taken, and the rest of a connection told by its socket, also while it is being made.
 pub(super) fn inbound(
     draft: &mut Draft,
-    inbound: &Inbound,
+    (inbound, alone): (&Inbound, bool),
     own_ports: &[u16],
     accepts_marks: bool,
 ) {
-    let mut rules = left_alone(inbound, own_ports);
     let port = inbound.listen.port();
     let to = match inbound.listen.ip() {
         ip if ip.is_unspecified() && ip.is_ipv6() => format!("tproxy to :{port}"),
@@ -30,9 +33,18 @@ pub(super) fn inbound(
         IpAddr::V6(ip) => format!("tproxy ip6 to [{ip}]:{port}"),
     };
     let included = ports(&inbound.include);
-    rules.push(format!("tcp dport {included} {to} counter notrack accept"));
-    draft.taking("inbound", rules);
-    draft.rule(Hook::Prerouting, "iif != lo meta l4proto tcp fib daddr type local jump inbound");
+    if !inbound.leaves {
+        let mut rules = left_alone(inbound, own_ports);
+        rules.push(format!("tcp dport {included} {to} counter notrack accept"));
+        draft.taking("inbound", rules);
+        let which = if alone { "meta l4proto tcp" } else { "tcp flags & (syn | ack) == syn" };
+        let jump = format!("iif != lo {which} fib daddr type local jump inbound");
+        draft.rule(Hook::Prerouting, jump);
+    }
+    if inbound.leaves || !alone {
+        let ours = "socket transparent 1 fib daddr type local counter notrack accept";
+        draft.rule(Hook::Prerouting, format!("iif != lo tcp dport != {port} {ours}"));
+    }
     if inbound.any_destination {
         foreign(draft, inbound, own_ports, &to);
     }
@@ -56,6 +68,9 @@ fn foreign(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16], to: &str) {
              counter notrack accept"
         ),
     );
+    if inbound.leaves {
+        return;
+    }
     let mut rules = left_alone(inbound, own_ports);
     rules.push(format!("tcp dport {} {to} {lead} counter notrack accept", ports(&inbound.include)));
     draft.taking("inbound_foreign", rules);
@@ -112,8 +127,8 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
             ),
         );
     }
-    for (index, one) in list.iter().enumerate() {
-        let (chain, take) = (format!("outbound_tproxy_{index}"), tell_apart(draft, list, index));
+    for one in list.iter().filter(|one| !one.leaves) {
+        let (chain, take) = (format!("outbound_tproxy_{}", one.port), tell_apart(draft, list, one));
         draft.taking(&chain, taken(one, &format!("goto {take}"))?);
         draft.rule(
             Hook::Output,
@@ -125,17 +140,23 @@ pub(super) fn outbound(draft: &mut Draft, list: &[&Netfilter]) -> Result<(), Cap
 }
 
 /// Notes whose a new connection is, where there are several workloads, so that it comes to its own
-/// listener; the rest of a connection finds its socket. Says which chain takes it.
-fn tell_apart(draft: &mut Draft, list: &[&Netfilter], index: usize) -> String {
-    let Some(one) = list.get(index).filter(|_| list.len() > 1) else { return "take".to_owned() };
+/// listener; the rest of a connection finds its socket. Says which chain takes it. Sets are named by
+/// the listener's port, so that they mean the same after a change.
+fn tell_apart(draft: &mut Draft, list: &[&Netfilter], one: &Netfilter) -> String {
+    let others = list.iter().filter(|other| !other.leaves && other.port != one.port);
+    let others: Vec<u16> = others.map(|other| other.port).collect();
+    if others.is_empty() {
+        return "take".to_owned();
+    }
     let mut rules = Vec::new();
     for ((family, to, _), (word, ip)) in TUPLES.into_iter().zip(LOOPBACKS) {
-        let dialled = |index: usize| format!("dialled{family}_{index}");
-        draft.object(set(&dialled(index), family, one));
+        let dialled = |port: u16| format!("dialled{family}_{port}");
         // A port that another workload has used a moment ago is this one's now.
-        let others = (0..list.len()).filter(|other| *other != index);
-        rules.extend(others.map(|other| format!("delete @{} {{ {to} }}", dialled(other))));
-        let own = dialled(index);
+        let taken_from =
+            others.iter().map(|other| format!("delete @{} {{ {to} }}", dialled(*other)));
+        rules.extend(taken_from);
+        let own = dialled(one.port);
+        draft.object(set(&own, family, one));
         rules.push(format!("add @{own} {{ {to} timeout {CONNECTING_SECONDS}s }}"));
         let port = one.port;
         // Before the rule for all of them.
@@ -148,7 +169,7 @@ fn tell_apart(draft: &mut Draft, list: &[&Netfilter], index: usize) -> String {
         );
     }
     rules.push("goto take".to_owned());
-    let chain = format!("take_{index}");
+    let chain = format!("take_{}", one.port);
     draft.chain(&chain, rules);
     chain
 }

@@ -187,7 +187,7 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let extra = exposition::Extra {
         counted: running.counted.counts(),
         fallbacks: fallbacks.chain(running.fallback).collect(),
-        losses: running.records.borrow().iter().map(|records| records.losses()).collect(),
+        losses: running.records.borrow().losses(),
         registries: running.taking_over.get().map(TakingOver::rows).unwrap_or_default(),
         rules_lost: running.rules_lost.counts(),
     };

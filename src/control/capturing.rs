@@ -3,6 +3,7 @@
 //! weir runs, stopped first.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -10,17 +11,20 @@ use super::places::Place;
 use super::tracking::{Counts, Losses, Tally};
 use super::{RunError, Running};
 use crate::capture::{
-    self, Capture, Filters, HookPlan, Netfilter, Part, Plan, Prepared, SOCKET_MARK,
+    self, Capture, Filters, HookPlan, Netfilter, Part, Plan, Prepared, Records, SOCKET_MARK,
     SOCKET_MARK_MASK, Way,
 };
 use crate::config::{
-    Captured, Config, InboundCapture, Namespace, OnChange, OnExit, Outbound, OutboundCapture,
-    Reach, SourceAddress, Workload,
+    Captured, Config, Inbound, InboundCapture, Namespace, OnChange, OnExit, Outbound,
+    OutboundCapture, Reach, SourceAddress, Workload,
 };
 use crate::sys::closing;
 
+pub(super) use turn::{Going, Turn};
 pub(super) use workloads::Coming;
 
+mod parts;
+mod turn;
 mod workloads;
 
 /// Capture in place, in one network namespace after the other.
@@ -39,8 +43,8 @@ struct Taken {
     capture: Option<Capture>,
     /// What was counted here so far.
     counted: Counts,
-    /// It is in the config no more: when what is still open is reset.
-    leaving: Option<Instant>,
+    /// Parts that are in the config no more.
+    going: Vec<Going>,
     /// What was missing at the last look.
     missing: Option<Part>,
     /// Connects that others had led elsewhere when it was last said, and when that may be said again.
@@ -49,33 +53,48 @@ struct Taken {
     place: Place,
 }
 
-/// The plan of one network namespace; `None` if nothing is captured there.
-pub(super) fn plan(captured: &[Captured], config: &Config) -> Option<Plan> {
-    if captured.is_empty() {
-        return None;
-    }
-    let inbound = captured.iter().find_map(|captured| captured.inbound.as_ref());
-    let inbound = inbound.map(|inbound| capture::Inbound {
+/// The plan of one network namespace, with parts that leave it; `None` if nothing is captured there.
+pub(super) fn plan(captured: &[Captured], leaving: &[Captured], config: &Config) -> Option<Plan> {
+    // What has come again leaves no more.
+    let leaving = parts::without(leaving, captured);
+    let staying = captured.iter().map(|captured| (captured, false));
+    let all: Vec<(&Captured, bool)> =
+        staying.chain(leaving.iter().map(|captured| (captured, true))).collect();
+    let (first, _) = all.first()?;
+    let own_ports = match first.namespace {
+        Namespace::Own => own_ports(config, captured),
+        _ => listen_ports(captured),
+    };
+    let inbound = all.iter().filter_map(|(captured, leaves)| {
+        captured.inbound.as_ref().map(|inbound| taken_in(inbound, *leaves))
+    });
+    let outbound = all.iter().filter_map(|(captured, leaves)| {
+        let outbound = captured.outbound.as_ref()?;
+        match outbound.capture {
+            OutboundCapture::Connect => {
+                hook(outbound, *leaves, config).map(capture::Outbound::Connect)
+            }
+            OutboundCapture::Redirect => Some(netfilter(outbound, Way::Redirect, *leaves, config)),
+            OutboundCapture::Tproxy => Some(netfilter(outbound, Way::Tproxy, *leaves, config)),
+        }
+    });
+    let (inbound, outbound) = (inbound.collect(), outbound.collect());
+    Some(Plan { closed: config.on_exit == OnExit::Closed, inbound, outbound, own_ports })
+}
+
+fn taken_in(inbound: &Inbound, leaves: bool) -> capture::Inbound {
+    capture::Inbound {
         any_destination: inbound.destinations == Reach::Any,
         exclude: inbound.ports.exclude.clone(),
         include: inbound.ports.include.clone(),
         keep_source: inbound.source == SourceAddress::Keep,
+        leaves,
         listen: inbound.listen,
         way: match inbound.capture {
             InboundCapture::Redirect => Way::Redirect,
             InboundCapture::Tproxy => Way::Tproxy,
         },
-    });
-    let outbound = captured.iter().filter_map(|captured| captured.outbound.as_ref());
-    let outbound = outbound.filter_map(|outbound| match outbound.capture {
-        OutboundCapture::Connect => hook(outbound, config).map(capture::Outbound::Connect),
-        OutboundCapture::Redirect => Some(netfilter(outbound, Way::Redirect, config)),
-        OutboundCapture::Tproxy => Some(netfilter(outbound, Way::Tproxy, config)),
-    });
-    let is_home = captured.iter().any(|captured| captured.namespace == Namespace::Own);
-    let own_ports = if is_home { own_ports(config, captured) } else { listen_ports(captured) };
-    let closed = config.on_exit == OnExit::Closed;
-    Some(Plan { closed, inbound, outbound: outbound.collect(), own_ports })
+    }
 }
 
 /// Every port that weir listens on where it was started, if this is captured there.
@@ -98,13 +117,13 @@ pub(super) fn listen_ports(captured: &[Captured]) -> Vec<u16> {
     all.map(|addr| addr.port()).filter(|port| *port > 0).collect()
 }
 
-fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
+fn hook(outbound: &Outbound, leaves: bool, config: &Config) -> Option<HookPlan> {
     // The reader of the config has seen to it that there is one.
     let Some(Workload::Cgroups(cgroups)) = &outbound.workload else { return None };
     Some(HookPlan {
         cgroups: cgroups.clone(),
         closed: config.on_exit == OnExit::Closed,
-        filters: filters(outbound),
+        filters: if leaves { Filters::default() } else { filters(outbound) },
         own_mark: SOCKET_MARK,
         own_mark_mask: SOCKET_MARK_MASK,
         port: outbound.listen.port(),
@@ -112,7 +131,7 @@ fn hook(outbound: &Outbound, config: &Config) -> Option<HookPlan> {
     })
 }
 
-fn netfilter(outbound: &Outbound, way: Way, config: &Config) -> capture::Outbound {
+fn netfilter(outbound: &Outbound, way: Way, leaves: bool, config: &Config) -> capture::Outbound {
     let profile = &config.profile;
     capture::Outbound::Netfilter(Netfilter {
         exclude: outbound.exclude.cidrs.clone(),
@@ -121,6 +140,7 @@ fn netfilter(outbound: &Outbound, way: Way, config: &Config) -> capture::Outboun
         half_closed: profile.timeouts.half_closed,
         include: outbound.include.cidrs.clone(),
         include_ports: outbound.include.ports.clone(),
+        leaves,
         port: outbound.listen.port(),
         way,
         workload: outbound.workload.as_ref().map(|workload| match workload {
@@ -136,6 +156,37 @@ fn filters(outbound: &Outbound) -> Filters {
         exclude_ports: outbound.exclude.ports.clone(),
         include: outbound.include.cidrs.clone(),
         include_ports: outbound.include.ports.clone(),
+    }
+}
+
+/// The records of every hook that there is, and what hooks that are gone had lost.
+#[derive(Debug, Default)]
+pub(super) struct Recorded {
+    gone: capture::Losses,
+    living: Vec<Arc<Records>>,
+}
+
+impl Recorded {
+    pub(super) fn meet(&mut self, records: &[(u16, Arc<Records>)]) {
+        let mut gone = self.gone;
+        self.living.retain(|known| {
+            // No hook and no listener has them any more.
+            let is_gone = Arc::strong_count(known) == 1;
+            if is_gone {
+                gone = gone.and(known.losses());
+            }
+            !is_gone
+        });
+        self.gone = gone;
+        for (_, new) in records {
+            if !self.living.iter().any(|known| Arc::ptr_eq(known, new)) {
+                self.living.push(Arc::clone(new));
+            }
+        }
+    }
+
+    pub(super) fn losses(&self) -> capture::Losses {
+        self.living.iter().map(|records| records.losses()).fold(self.gone, capture::Losses::and)
     }
 }
 
@@ -163,38 +214,9 @@ impl Capturing {
         Ok(Capturing { count_at: now, counted, look_at: now, places, told })
     }
 
-    /// Takes what `config` says from now on, in every place or in none.
-    pub(super) fn change(&mut self, config: &Config) -> Result<(), RunError> {
-        let mut old = Vec::with_capacity(self.places.len());
-        for index in 0..self.places.len() {
-            let Some(taken) = self.places.get_mut(index) else { break };
-            let place = taken.place.under(config);
-            let plan = taken.capture.as_ref().map(|capture| capture.plan().clone());
-            let wanted = place.plan(config);
-            // Who leaves stays as it is: workers know the place by what they were given.
-            let place = if wanted.is_some() { place } else { taken.place.clone() };
-            let changed = wanted.map_or(Ok(()), |plan| taken.change(plan));
-            if let Err(error) = changed {
-                self.change_back(old);
-                return Err(error);
-            }
-            old.push((std::mem::replace(&mut taken.place, place), plan));
-        }
-        Ok(())
-    }
-
-    fn change_back(&mut self, old: Vec<(Place, Option<Plan>)>) {
-        for (taken, (place, plan)) in self.places.iter_mut().zip(old) {
-            taken.place = place;
-            if let Some(Err(error)) = plan.map(|plan| taken.change(plan)) {
-                tracing::error!(workload = taken.place.name(), "undo the change: {error}");
-            }
-        }
-    }
-
     /// Where traffic is taken.
     pub(super) fn places(&self) -> impl Iterator<Item = &Place> {
-        self.places.iter().filter(|taken| taken.leaving.is_none()).map(|taken| &taken.place)
+        self.places.iter().map(|taken| &taken.place)
     }
 
     /// Takes no more connections.
@@ -234,7 +256,8 @@ impl Capturing {
             self.count_at = Instant::now() + COUNT_EVERY;
             running.counted.set(self.counted.with(self.places.iter_mut().map(Taken::count)));
         }
-        for taken in self.places.iter_mut().filter(|taken| taken.leaving.is_none()) {
+        for taken in &mut self.places {
+            taken.see_off(running, config);
             taken.watch_neighbours();
             stands &= taken.watch(running);
         }
@@ -247,8 +270,8 @@ impl Taken {
         let capture = Some(place.within(|| prepared.install())??);
         let overruled = (0, Instant::now());
         let losses = place.within(Losses::new)?;
-        let counted = Counts::default();
-        Ok(Taken { capture, counted, leaving: None, losses, missing: None, overruled, place })
+        let (counted, going) = (Counts::default(), Vec::new());
+        Ok(Taken { capture, counted, going, losses, missing: None, overruled, place })
     }
 
     /// The start failed elsewhere: nothing of it stays here.
@@ -271,11 +294,6 @@ impl Taken {
         // Where the place cannot be entered nobody answers.
         leads
             && self.place.within(closing::under_foreign_addresses).is_ok_and(|sockets| sockets > 0)
-    }
-
-    fn change(&mut self, plan: Plan) -> Result<(), RunError> {
-        let Some(capture) = &mut self.capture else { return Ok(()) };
-        Ok(self.place.within(|| capture.change(plan))??)
     }
 
     /// What rules and connection tracking counted so far; losses are said.
@@ -301,7 +319,9 @@ impl Taken {
         let (told, again_at) = self.overruled;
         let Some(capture) = &self.capture else { return };
         let count = capture.overruled();
-        if count == told || Instant::now() < again_at {
+        // Hooks that are gone count no more.
+        self.overruled.0 = told.min(count);
+        if count <= told || Instant::now() < again_at {
             return;
         }
         self.overruled = (count, Instant::now() + TELL_EVERY);

@@ -47,7 +47,7 @@ pub(super) struct Extra {
     /// What the kernel lacks, once for each worker that found out.
     pub(super) fallbacks: Vec<Fallback>,
     /// At each connect hook.
-    pub(super) losses: Vec<Losses>,
+    pub(super) losses: Losses,
     /// Of takeover.
     pub(super) registries: Vec<RegistryRow>,
     /// Parts of the capture that others took away.
@@ -169,15 +169,14 @@ fn fallbacks(sum: &Sum<'_>, list: &[Fallback]) -> Family {
     Family { help: "A slower way was taken", name: "fallback", series }
 }
 
-fn hook_losses(losses: &[Losses]) -> Family {
-    let sum = |of: fn(&Losses) -> u64| losses.iter().map(of).sum::<u64>();
+fn hook_losses(losses: &Losses) -> Family {
     let series = [
-        ("clash", sum(|losses| losses.record_clash)),
-        ("full", sum(|losses| losses.records_full)),
-        ("overruled", sum(|losses| losses.overruled)),
-        ("passed", sum(|losses| losses.passed)),
-        ("refused", sum(|losses| losses.refused)),
-        ("storage", sum(|losses| losses.storage)),
+        ("clash", losses.record_clash),
+        ("full", losses.records_full),
+        ("overruled", losses.overruled),
+        ("passed", losses.passed),
+        ("refused", losses.refused),
+        ("storage", losses.storage),
     ];
     let series = series.map(|(reason, count)| (vec![("reason", reason)], count));
     let help = "Connects that the hook wanted and did not bring to weir";

@@ -32,22 +32,22 @@ pub(super) fn open(
     for (index, (place, prepared)) in prepared.iter().enumerate() {
         let is_home = index == 0;
         let routes = if is_home { routes } else { &[] };
-        open_in(place, prepared.as_ref(), routes, &config.profile, &mut all)?;
+        let records = prepared.as_ref().map(Prepared::records).unwrap_or_default();
+        open_in(place, &records, routes, &config.profile, &mut all)?;
     }
     Ok(all)
 }
 
-/// The listeners of one place, for every worker.
+/// The listeners of one place, for every worker. `records` are those of its connect hooks, by port.
 pub(super) fn open_in(
     place: &Place,
-    prepared: Option<&Prepared>,
+    records: &[(u16, Arc<Records>)],
     routes: &[Plain<'_>],
     profile: &Profile,
     all: &mut [Vec<Listener>],
 ) -> Result<(), RunError> {
     let options = options(profile, all.len());
-    let records = prepared.map(Prepared::records).unwrap_or_default();
-    let opening = Opening { options, place, records: &records, routes };
+    let opening = Opening { options, place, records, routes };
     Ok(place.within(|| opening.open(all))??)
 }
 
@@ -93,8 +93,8 @@ fn options(profile: &Profile, workers: usize) -> ListenOptions {
 struct Opening<'a> {
     options: ListenOptions,
     place: &'a Place,
-    /// Of the connect hooks there, in the order of the plan.
-    records: &'a [Arc<Records>],
+    /// Of the connect hooks there, by port.
+    records: &'a [(u16, Arc<Records>)],
     /// Of listeners that need no capture.
     routes: &'a [Plain<'a>],
 }
@@ -107,15 +107,12 @@ impl Opening<'_> {
                 let fd = listen_patiently(plain.listen, &self.options)?;
                 worker.push(self.listener(fd, plain.name, "", plain.route()));
             }
-            let mut records = self.records.iter();
             for captured in &self.place.captured {
                 if let Some(inbound) = &captured.inbound {
                     worker.push(self.inbound(captured, inbound)?);
                 }
                 if let Some(outbound) = &captured.outbound {
-                    let hooked = outbound.capture == OutboundCapture::Connect;
-                    let records = if hooked { records.next() } else { None };
-                    self.outbound(captured, outbound, records, worker)?;
+                    self.outbound(captured, outbound, worker)?;
                 }
             }
         }
@@ -150,13 +147,13 @@ impl Opening<'_> {
         &self,
         captured: &Captured,
         outbound: &Outbound,
-        records: Option<&Arc<Records>>,
         worker: &mut Vec<Listener>,
     ) -> Result<(), ListenError> {
         let source = Source::Own;
+        let records = self.records.iter().find(|(port, _)| *port == outbound.listen.port());
         for addr in outbound_addrs(outbound) {
             let (options, route) = match (outbound.capture, records) {
-                (OutboundCapture::Connect, Some(records)) => {
+                (OutboundCapture::Connect, Some((_, records))) => {
                     (self.marked(false), Route::Recorded(Arc::clone(records)))
                 }
                 // Without a hook there is nothing to accept.

@@ -18,6 +18,8 @@ pub(super) struct Place {
     pub(super) captured: Vec<Captured>,
     /// As workers see it.
     pub(super) for_workers: Arc<worker::Place>,
+    /// Of the workload that lives here; empty at home.
+    name: String,
     namespace: Namespace,
 }
 
@@ -39,20 +41,18 @@ impl Place {
         [Place::home(config)].into_iter().chain(elsewhere).collect()
     }
 
-    fn home(config: &Config) -> Place {
+    pub(super) fn home(config: &Config) -> Place {
         let here = config.workloads.iter().filter(|captured| !captured.is_elsewhere());
         let captured: Vec<Captured> = here.cloned().collect();
         let own_ports = OwnPorts::new(capturing::own_ports(config, &captured));
         // Workers that move away need to know the way home; somebody may come by reload.
         let netns = Netns::own().ok().map(Arc::new);
         let for_workers = Arc::new(worker::Place { netns, number: 0, own_ports });
-        Place { captured, for_workers, namespace: Namespace::Own }
+        Place { captured, for_workers, name: String::new(), namespace: Namespace::Own }
     }
 
     /// Where a workload lives.
     pub(super) fn elsewhere(captured: Captured) -> Result<Place, RunError> {
-        static NEXT: AtomicU32 = AtomicU32::new(1);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let namespace = captured.namespace.clone();
         let failed = |source| RunError::Namespace {
             name: captured.name.clone(),
@@ -63,8 +63,9 @@ impl Place {
         netns.within(|| ()).map_err(failed)?;
         let own_ports = OwnPorts::new(capturing::listen_ports(std::slice::from_ref(&captured)));
         let for_workers =
-            Arc::new(worker::Place { netns: Some(Arc::new(netns)), number, own_ports });
-        Ok(Place { captured: vec![captured], for_workers, namespace })
+            Arc::new(worker::Place { netns: Some(Arc::new(netns)), number: next(), own_ports });
+        let name = captured.name.clone();
+        Ok(Place { captured: vec![captured], for_workers, name, namespace })
     }
 
     /// The same place under another config.
@@ -77,18 +78,34 @@ impl Place {
             capturing::listen_ports(&captured)
         };
         let worker::Place { netns, number, .. } = &*self.for_workers;
-        let for_workers = worker::Place {
-            netns: netns.clone(),
-            number: *number,
-            own_ports: OwnPorts::new(own_ports),
-        };
-        let namespace = self.namespace.clone();
-        Place { captured, for_workers: Arc::new(for_workers), namespace }
+        let own_ports = OwnPorts::new(own_ports);
+        let for_workers = worker::Place { netns: netns.clone(), number: *number, own_ports };
+        let name = captured.first().filter(|_| !self.is_home()).map(|one| one.name.clone());
+        let (name, namespace) = (name.unwrap_or(self.name.clone()), self.namespace.clone());
+        Place { captured, for_workers: Arc::new(for_workers), name, namespace }
+    }
+
+    /// With these parts alone.
+    pub(super) fn of(&self, captured: Vec<Captured>) -> Place {
+        Place { captured, ..self.clone() }
+    }
+
+    /// The same network namespace under a number of its own, for what leaves it: workers tell by it when
+    /// the last of that is over.
+    pub(super) fn aside(&self) -> Arc<worker::Place> {
+        let worker::Place { netns, own_ports, .. } = &*self.for_workers;
+        let (netns, own_ports) = (netns.clone(), own_ports.clone());
+        Arc::new(worker::Place { netns, number: next(), own_ports })
     }
 
     /// What is captured here; `None` if nothing is.
     pub(super) fn plan(&self, config: &Config) -> Option<Plan> {
-        capturing::plan(&self.captured, config)
+        self.plan_with(&[], config)
+    }
+
+    /// With parts that leave.
+    pub(super) fn plan_with(&self, leaving: &[Captured], config: &Config) -> Option<Plan> {
+        capturing::plan(&self.captured, leaving, config)
     }
 
     /// Does `work` in the place.
@@ -107,11 +124,6 @@ impl Place {
         netns.is_some_and(|netns| !netns.is_at(&self.path()))
     }
 
-    /// No worker has a listener or a flow here any more.
-    pub(super) fn is_left(&self) -> bool {
-        Arc::strong_count(&self.for_workers) == 1
-    }
-
     /// It is the place of `captured`.
     pub(super) fn is_of(&self, captured: &Captured) -> bool {
         self.namespace == captured.namespace
@@ -119,8 +131,7 @@ impl Place {
 
     /// Of the workload that lives here; empty at home.
     pub(super) fn name(&self) -> String {
-        let named = self.captured.first().filter(|_| !self.is_home());
-        named.map(|captured| captured.name.clone()).unwrap_or_default()
+        self.name.clone()
     }
 
     /// What a shell says before a command that is meant for another place.
@@ -135,4 +146,10 @@ impl Place {
     fn is_home(&self) -> bool {
         self.namespace == Namespace::Own
     }
+}
+
+/// A number that no place has had.
+fn next() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::capturing::{Capturing, Coming};
+use super::capturing::{Capturing, Coming, Going, Turn};
 use super::places::Place;
 use super::{InForce, RunError, Running, listeners, start};
 use crate::capture::OwnPorts;
@@ -99,6 +99,8 @@ impl Reloader {
         let kept = keep(&self.config, &mut new, running.captures);
         start::fit_timers(&mut new, |new| Ok(Place::reachable(new)))?;
         refuse(&new, running)?;
+        let turns = capturing.as_deref().map(|capturing| capturing.turns(&new, running));
+        let mut turns = turns.transpose()?.unwrap_or_default();
         let coming = self.coming(&new, running, capturing.as_deref())?;
         let is_new = |addr: &SocketAddr| !has_listener(&self.config, *addr);
         let added: Vec<SocketAddr> =
@@ -109,27 +111,31 @@ impl Reloader {
         let sockets = sockets.map_err(RunError::from)?;
         await_room(workers)?;
         if let Some(capturing) = &mut capturing {
-            capturing.change(&new)?;
+            capturing.take_turns(&mut turns, running)?;
         }
         // From here on nothing is refused any more.
         let services = running.services.enter(&new.forward);
         running.services.tell(workers);
-        let deadline = Instant::now() + new.profile.timeouts.drain;
-        let left = capturing.as_mut().map(|capturing| capturing.leave_others(&new, deadline));
-        let left = left.unwrap_or_default();
         let retire = || self.config.forward.iter().map(|forward| forward.listen);
-        for (worker, sockets) in workers.iter().zip(sockets) {
+        for (index, (worker, sockets)) in workers.iter().zip(sockets).enumerate() {
+            let mut add = self.added(&new, &services, &added, sockets);
+            add.extend(turns.iter_mut().flat_map(|turn| turn.listeners_of(index)));
+            let going = || turns.iter().filter_map(Turn::going).flat_map(Going::listeners);
+            let gone = going().map(|(_, _, place, addr)| (place.number, addr));
+            let mut alter = self.altered(&new, &services, capturing.as_deref());
+            alter.extend(going().map(set_aside));
             worker.change(Change {
-                add: self.added(&new, &services, &added, sockets),
-                alter: self.altered(&new, &services, capturing.as_deref()),
+                add,
+                alter,
                 retire: retire()
                     .filter(|addr| !has_listener(&new, *addr))
                     .map(|addr| (self.home.number, addr))
-                    .chain(left.iter().copied())
+                    .chain(gone)
                     .collect(),
                 timeouts: new.profile.timeouts,
             });
         }
+        drop(turns);
         for one in coming {
             let Some(capturing) = &mut capturing else { break };
             await_room(workers)?;
@@ -147,7 +153,7 @@ impl Reloader {
         Ok(kept)
     }
 
-    /// Workloads that are new in `new`, ready to be taken up.
+    /// Places that are new in `new`, ready to be taken up.
     fn coming(
         &self,
         new: &Config,
@@ -158,8 +164,15 @@ impl Reloader {
         let is_new = |captured: &&Captured| {
             self.config.workloads.iter().all(|old| old.namespace != captured.namespace)
         };
-        let coming = capturing.lacks(new).filter(is_new);
-        coming.filter_map(|captured| Coming::prepare(captured, new, running).transpose()).collect()
+        let elsewhere = capturing.lacks(new).filter(is_new).cloned().map(Place::elsewhere);
+        let home = capturing.lacks_home().then(|| Ok(Place::home(new)));
+        let coming = home.into_iter().chain(elsewhere);
+        coming
+            .filter_map(|place| match place {
+                Ok(place) => Coming::prepare(place, new, running).transpose(),
+                Err(error) => Some(Err(error)),
+            })
+            .collect()
     }
 
     /// Listeners that there are not yet, each with its socket.
@@ -193,9 +206,11 @@ impl Reloader {
         let forwards = new.forward.iter().zip(services);
         let forwards = forwards.map(|(forward, id)| Alteration {
             addr: forward.listen,
+            from: self.home.number,
             place: Arc::clone(&self.home),
             proxy_protocol: ProxyProtocol::Off,
             route: Some(service_route(forward, *id)),
+            workload: Arc::default(),
         });
         let places = capturing.into_iter().flat_map(Capturing::places);
         forwards.chain(places.flat_map(captured)).collect()
@@ -203,21 +218,32 @@ impl Reloader {
 }
 
 fn captured(place: &Place) -> impl Iterator<Item = Alteration> {
-    let to = |addr, proxy_protocol, route| Alteration {
+    let to = |addr, proxy_protocol, route, name: &str| Alteration {
         addr,
+        from: place.for_workers.number,
         place: Arc::clone(&place.for_workers),
         proxy_protocol,
         route,
+        workload: name.into(),
     };
-    place.captured.iter().flat_map(move |Captured { inbound, outbound, .. }| {
+    place.captured.iter().flat_map(move |Captured { inbound, name, outbound, .. }| {
         let inbound = inbound.iter().map(move |inbound| {
             let route = listeners::inbound_route(inbound);
-            to(inbound.listen, inbound.proxy_protocol, Some(route))
+            to(inbound.listen, inbound.proxy_protocol, Some(route), name)
         });
         let outbound = outbound.iter().flat_map(listeners::outbound_addrs);
-        let outbound = outbound.map(move |addr| to(addr, ProxyProtocol::Off, None));
+        let outbound = outbound.map(move |addr| to(addr, ProxyProtocol::Off, None, name));
         inbound.chain(outbound).collect::<Vec<_>>()
     })
+}
+
+/// A listener that goes gets a place of its own first, by which it is told when its last flow is over.
+fn set_aside(
+    (from, part, place, addr): (u32, &Captured, &Arc<worker::Place>, SocketAddr),
+) -> Alteration {
+    let proxy_protocol = part.inbound.as_ref().map_or(ProxyProtocol::Off, |one| one.proxy_protocol);
+    let (place, workload) = (Arc::clone(place), part.name.as_str().into());
+    Alteration { addr, from, place, proxy_protocol, route: None, workload }
 }
 
 fn service_route(forward: &Forward, id: ServiceId) -> Route {
@@ -245,50 +271,17 @@ fn keep(old: &Config, new: &mut Config, captures: bool) -> Vec<String> {
     new.profile = profile;
     new.takeover = old.takeover.clone();
     new.workers = old.workers.clone();
-    let changes = changes.into_iter().filter(|(changed, _)| *changed);
-    let changes = changes.map(|(_, what)| what.to_owned()).collect::<Vec<_>>();
-    changes.into_iter().chain(keep_workloads(old, new, captures)).collect()
-}
-
-/// Workloads in network namespaces of their own come and go; by which means one is captured stays, and
-/// so does all of it where weir was started.
-fn keep_workloads(old: &Config, new: &mut Config, captures: bool) -> Vec<String> {
+    let mut kept: Vec<String> = changes
+        .into_iter()
+        .filter(|(changed, _)| *changed)
+        .map(|(_, what)| what.to_owned())
+        .collect();
+    // Workers' sockets have no marks then.
     if !captures && !new.workloads.is_empty() {
         new.workloads.clear();
-        return vec!["who is captured (until now: nobody)".to_owned()];
-    }
-    let mut kept = Vec::new();
-    for captured in new.workloads.iter_mut().filter(|captured| captured.is_elsewhere()) {
-        let before = old.workloads.iter().find(|old| old.namespace == captured.namespace);
-        if let Some(before) = before.filter(|before| shape(before) != shape(captured)) {
-            kept.push(format!("by which means workload {} is captured", captured.name));
-            *captured = before.clone();
-        }
-    }
-    let here = |config: &Config| {
-        let here = config.workloads.iter().filter(|captured| !captured.is_elsewhere());
-        here.cloned().collect::<Vec<_>>()
-    };
-    let (before, now) = (here(old), here(new));
-    let is_same =
-        |(old, new): (&Captured, &Captured)| old.name == new.name && shape(old) == shape(new);
-    if before.len() != now.len() || !before.iter().zip(&now).all(is_same) {
-        new.workloads.retain(Captured::is_elsewhere);
-        new.workloads.splice(0..0, before);
-        let what = "who is captured where weir was started, by which means and on which ports weir listens \
-                    for it";
-        kept.push(what.to_owned());
+        kept.push("who is captured (until now: nobody)".to_owned());
     }
     kept
-}
-
-/// What of a workload stays for as long as weir runs.
-fn shape(captured: &Captured) -> impl PartialEq + use<'_> {
-    let Captured { inbound, outbound, .. } = captured;
-    let inbound = inbound.as_ref().map(|inbound| (inbound.capture, inbound.listen));
-    let outbound = outbound.as_ref();
-    let outbound = outbound.map(|outbound| (outbound.capture, outbound.listen, &outbound.workload));
-    (inbound, outbound)
 }
 
 /// As at a start.

@@ -57,7 +57,8 @@ pub(super) fn start(
     let home = home(prepared)?;
     let captures = prepared.iter().any(|(_, prepared)| prepared.is_some());
     let prepared_here = prepared.iter().filter_map(|(_, prepared)| prepared.as_ref());
-    let records = prepared_here.flat_map(Prepared::records).collect();
+    let mut records = capturing::Recorded::default();
+    prepared_here.for_each(|prepared| records.meet(&prepared.records()));
     refuse_loops(config, &home.own_ports)?;
     let cpus = cpus(&config.workers)?;
     let share = descriptors::share(config, cpus.len())?;

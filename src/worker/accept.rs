@@ -59,7 +59,7 @@ pub(super) struct State {
     /// Connections that a drain still takes from the queue, so that it ends even in a storm.
     rest: u32,
     pub(super) route: Route,
-    workload: Arc<str>,
+    pub(super) workload: Arc<str>,
 }
 
 /// What a listener does when its accept ends.

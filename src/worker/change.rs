@@ -31,13 +31,14 @@ impl Worker {
     }
 
     fn alter(&mut self, alteration: Alteration) {
-        let Alteration { addr, place, proxy_protocol, route } = alteration;
-        let index = self.listening.index_of(place.number, addr);
+        let Alteration { addr, from, place, proxy_protocol, route, workload } = alteration;
+        let index = self.listening.index_of(from, addr);
         let Some(state) = index.and_then(|index| self.listening.states.get_mut(index)) else {
             return;
         };
         state.place = place;
         state.proxy_protocol = proxy_protocol;
+        state.workload = workload;
         if let Some(route) = route {
             state.route = route;
         }

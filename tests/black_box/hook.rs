@@ -70,7 +70,14 @@ pub(crate) fn foreign(cgroup: &Path, from: &str, to: &str, times: u32) -> Ebpf {
 
 /// The hook alone, without a weir, on `cgroup`.
 fn hook(net: &Net, cgroup: &Cgroup, filters: &Filters) -> ConnectHook {
-    let plan = HookPlan {
+    let plan = plan(cgroup, filters);
+    let mut hook = net.within(Place::Node, || ConnectHook::load(&plan)).unwrap();
+    hook.attach().unwrap();
+    hook
+}
+
+fn plan(cgroup: &Cgroup, filters: &Filters) -> HookPlan {
+    HookPlan {
         cgroups: vec![cgroup.path.clone().into()],
         closed: false,
         filters: filters.clone(),
@@ -78,10 +85,7 @@ fn hook(net: &Net, cgroup: &Cgroup, filters: &Filters) -> ConnectHook {
         own_mark_mask: 0xfff,
         port: 15_001,
         records_max: 16_384,
-    };
-    let mut hook = net.within(Place::Node, || ConnectHook::load(&plan)).unwrap();
-    hook.attach().unwrap();
-    hook
+    }
 }
 
 /// One weir for the processes of several cgroups.
@@ -139,7 +143,7 @@ print(count, *said)"
     let mut out = workload.stdout.take().unwrap();
     out.read_exact(&mut [0; 6]).unwrap();
     for round in 0..200 {
-        hook.update(&filters[(round + 1) % 2]).unwrap();
+        hook.update(&plan(&cgroup, &filters[(round + 1) % 2])).unwrap();
     }
     drop(workload.stdin.take());
     let mut said = String::new();
@@ -149,7 +153,7 @@ print(count, *said)"
     assert_eq!(places, "127.0.0.1:15001", "every connect was taken");
     assert!(count.parse::<u32>().unwrap() > 50, "{count} connects in 200 updates");
     // What was in force last is in force now.
-    hook.update(&filters[1]).unwrap();
+    hook.update(&plan(&cgroup, &filters[1])).unwrap();
     assert_eq!(
         says(&cgroup, &net, "dial(V4, ('10.98.2.2', 81))"),
         "10.98.2.2 81 10.98.2.2:81",
@@ -168,11 +172,11 @@ fn filters_that_do_not_fit_change_nothing() {
     let mut hook = hook(&net, &cgroup, &all);
     let address = |n: u32| ipnet::Ipv4Net::new((0x0b00_0000 + n).into(), 32).unwrap().into();
     let too_many = Filters { exclude: (0..70_000).map(address).collect(), ..Filters::default() };
-    assert!(hook.update(&too_many).is_err());
+    assert!(hook.update(&plan(&cgroup, &too_many)).is_err());
     let taken = "10.98.2.2 81 127.0.0.1:15001";
     assert_eq!(says(&cgroup, &net, "dial(V4, ('10.98.2.2', 81))"), taken);
     // And there is room again for filters that fit.
-    hook.update(&all).unwrap();
+    hook.update(&plan(&cgroup, &all)).unwrap();
     assert_eq!(says(&cgroup, &net, "dial(V4, ('10.98.2.2', 81))"), taken);
 }
 

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod checks;
+mod coming;
 mod copy;
 mod crash;
 mod gateway;

@@ -268,6 +268,7 @@ fn closed_outbound_by_nft_refuses_the_workload_alone() {
             half_closed: Duration::from_secs(30),
             include: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
             include_ports: vec![1..=65_535],
+            leaves: false,
             port: 15_001,
             way,
             workload: Some(Workload::Cgroups(vec![cgroup.path.clone().into()])),

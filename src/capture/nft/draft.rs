@@ -7,6 +7,8 @@ use std::fmt::Write as _;
 #[derive(Debug, Default)]
 pub(in crate::capture) struct Draft {
     hooked: [Vec<String>; Hook::ALL.len()],
+    /// Chains that are wanted although they may have no rule.
+    kept: Vec<Hook>,
     named: Vec<Chain>,
     /// Sets and counters.
     objects: Vec<String>,
@@ -41,7 +43,8 @@ impl Hook {
     const fn chain(self, reroutes: bool) -> (&'static str, &'static str) {
         match self {
             Hook::Prerouting => ("prerouting", "type filter hook prerouting priority raw"),
-            Hook::Output if reroutes => ("output", "type route hook output priority raw"),
+            // A chain's type stays as it was made, so this is another one.
+            Hook::Output if reroutes => ("output_route", "type route hook output priority raw"),
             Hook::Output => ("output", "type filter hook output priority raw"),
             Hook::PreroutingNat => ("prerouting_nat", "type nat hook prerouting priority dstnat"),
             Hook::OutputNat => ("output_nat", "type nat hook output priority -100"),
@@ -63,6 +66,17 @@ impl Draft {
         if let Some(rules) = self.hooked.get_mut(hook as usize) {
             rules.insert(0, rule.into());
         }
+    }
+
+    /// The chain is there, with rules or without.
+    pub(in crate::capture) fn keep(&mut self, hook: Hook) {
+        self.kept.push(hook);
+    }
+
+    /// Hooked chains and their rules.
+    fn hooked(&self) -> impl Iterator<Item = (&Hook, &Vec<String>)> {
+        let all = Hook::ALL.iter().zip(&self.hooked);
+        all.filter(|(hook, rules)| !rules.is_empty() || self.kept.contains(hook))
     }
 
     /// A chain that rules jump to.
@@ -98,15 +112,19 @@ impl Draft {
             push(&mut text, &format!("\n\tchain {name} {{"));
             push_rules(&mut text, rules);
         }
-        for (hook, rules) in
-            Hook::ALL.iter().zip(&self.hooked).filter(|(_, rules)| !rules.is_empty())
-        {
+        for (hook, rules) in self.hooked() {
             let (name, head) = hook.chain(self.reroutes);
             push(&mut text, &format!("\n\tchain {name} {{\n\t\t{head}; policy accept;"));
             push_rules(&mut text, rules);
         }
         text.push_str("}\n");
         text
+    }
+
+    /// Every chain, by its name.
+    pub(super) fn chains(&self) -> Vec<String> {
+        let hooked = self.hooked().map(|(hook, _)| hook.chain(self.reroutes).0.to_owned());
+        hooked.chain(self.named.iter().map(|chain| chain.name.clone())).collect()
     }
 
     /// Takes nothing more, and makes a chain by which others can see that it was done.

@@ -19,6 +19,8 @@ use crate::sys::memory::text_file;
 /// Our table in the kernel, and the child that owns it.
 #[derive(Debug)]
 pub(in crate::capture) struct Table {
+    /// Their names.
+    chains: Vec<String>,
     child: Child,
     /// `None` once closed.
     input: Option<ChildStdin>,
@@ -45,8 +47,8 @@ impl Table {
             .spawn()
             .map_err(missing)?;
         let input = child.stdin.take();
-        let (stop, texts) = (draft.stop(), Vec::new());
-        let mut table = Table { child, input, revision: 0, stop, texts };
+        let (chains, stop, texts) = (draft.chains(), draft.stop(), Vec::new());
+        let mut table = Table { chains, child, input, revision: 0, stop, texts };
         let made = table
             .run(&draft.table())
             .and_then(|()| table.wait_until(&["-t", "list", "table", "inet", "weir"]));
@@ -67,10 +69,14 @@ impl Table {
         if self.revision > 0 {
             text.push_str(&format!("delete chain inet weir {old}\n"));
         }
+        let chains = draft.chains();
+        for chain in self.chains.iter().filter(|chain| !chains.contains(chain)) {
+            text.push_str(&format!("delete chain inet weir {chain}\n"));
+        }
         text.push_str(&format!("add chain inet weir {done}\n"));
         self.run(&text).map_err(failed)?;
         if self.wait_until(&["list", "chain", "inet", "weir", &done]).map_err(failed)? {
-            (self.revision, self.stop) = (new, draft.stop());
+            (self.chains, self.revision, self.stop) = (chains, new, draft.stop());
             self.texts.clear();
             return Ok(());
         }

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Workloads in network namespaces of their own come, go and come again while weir runs.
+//! Network namespaces in which something is captured come, go and come again while weir runs.
 //!
-//! What can be refused is refused before anything is changed. Who leaves takes no more, and what is
-//! open goes on; its rules go with its last flow.
-
-use std::net::SocketAddr;
-use std::time::Instant;
+//! What can be refused is refused before anything is changed.
 
 use super::{Capturing, Taken};
 use crate::capture::{Capture, Prepared};
@@ -14,7 +10,7 @@ use crate::control::places::Place;
 use crate::control::{RunError, Running, listeners};
 use crate::worker::{Change, Listener};
 
-/// A workload that can be taken up: nothing is taken yet.
+/// Somewhere where nothing is captured until now, and can be: nothing is taken yet.
 pub(in crate::control) struct Coming {
     /// By worker.
     listeners: Vec<Vec<Listener>>,
@@ -25,26 +21,31 @@ pub(in crate::control) struct Coming {
 impl Coming {
     /// Listens where the workload lives; `None` if there is nothing to capture.
     pub(in crate::control) fn prepare(
-        captured: &Captured,
+        place: Place,
         config: &Config,
         running: &Running,
     ) -> Result<Option<Coming>, RunError> {
-        let keeps = captured.inbound.as_ref().map(|inbound| inbound.source);
-        let binds = running.workers.iter().all(|worker| worker.features().bind);
-        if keeps == Some(SourceAddress::Keep) && !binds {
+        let mut inbounds = place.captured.iter().filter_map(|captured| captured.inbound.as_ref());
+        let keeps = inbounds.any(|inbound| inbound.source == SourceAddress::Keep);
+        if keeps && running.workers.iter().any(|worker| !worker.features().bind) {
             return Err(RunError::NoBind);
         }
-        let place = Place::elsewhere(captured.clone())?;
         let Some(plan) = place.plan(config) else { return Ok(None) };
         let prepared = place.within(|| plan.prepare())??;
         let mut listeners: Vec<_> = running.workers.iter().map(|_| Vec::new()).collect();
-        listeners::open_in(&place, Some(&prepared), &[], &config.profile, &mut listeners)?;
+        let records = prepared.records();
+        listeners::open_in(&place, &records, &[], &config.profile, &mut listeners)?;
         Ok(Some(Coming { listeners, place, prepared }))
     }
 }
 
 impl Capturing {
-    /// Workloads of `config` that are not taken.
+    /// Nothing is captured where weir was started, and nothing is open that was.
+    pub(in crate::control) fn lacks_home(&self) -> bool {
+        self.places.iter().all(|taken| taken.place.for_workers.number != 0)
+    }
+
+    /// Workloads elsewhere of `config` that are not taken.
     pub(in crate::control) fn lacks<'a>(
         &self,
         config: &'a Config,
@@ -61,7 +62,7 @@ impl Capturing {
         running: &Running,
     ) -> Result<(), RunError> {
         let Coming { listeners, place, prepared } = coming;
-        running.records.send_modify(|all| all.extend(prepared.records()));
+        running.records.send_modify(|all| all.meet(&prepared.records()));
         for (worker, add) in running.workers.iter().zip(listeners) {
             let timeouts = config.profile.timeouts;
             worker.change(Change { add, alter: Vec::new(), retire: Vec::new(), timeouts });
@@ -80,31 +81,6 @@ impl Capturing {
         Ok(())
     }
 
-    /// Workloads that are not in `config` are taken no more; what is open has time until `deadline`.
-    /// Says which listeners end with that.
-    pub(in crate::control) fn leave_others(
-        &mut self,
-        config: &Config,
-        deadline: Instant,
-    ) -> Vec<(u32, SocketAddr)> {
-        let mut left = Vec::new();
-        for taken in &mut self.places {
-            let is_wanted = config.workloads.iter().any(|captured| taken.place.is_of(captured));
-            if is_wanted || taken.leaving.is_some() || taken.place.for_workers.number == 0 {
-                continue;
-            }
-            taken.stop();
-            taken.leaving = Some(deadline);
-            let addrs = taken.place.captured.iter().flat_map(listeners::addrs);
-            left.extend(addrs.map(|addr| (taken.place.for_workers.number, addr)));
-            tracing::info!(
-                workload = taken.place.name(),
-                "capture has ended; what is open goes on"
-            );
-        }
-        left
-    }
-
     /// Workloads whose network namespace had gone, and is there again.
     pub(super) fn take_up_again(&mut self, running: &Running, config: &Config) {
         let lacking: Vec<Captured> = self.lacks(config).cloned().collect();
@@ -113,7 +89,9 @@ impl Capturing {
             if !room || !captured.namespace.path().exists() {
                 continue;
             }
-            let taken = Coming::prepare(&captured, config, running).and_then(|coming| {
+            let coming = Place::elsewhere(captured.clone());
+            let coming = coming.and_then(|place| Coming::prepare(place, config, running));
+            let taken = coming.and_then(|coming| {
                 coming.map_or(Ok(()), |coming| self.take_up(coming, config, running))
             });
             match taken {
@@ -133,25 +111,20 @@ impl Capturing {
 }
 
 impl Taken {
-    /// True if the workload is gone, or was to leave, and every worker knows.
+    /// True if the workload is gone, and every worker knows, or nothing of it is captured and open.
     pub(super) fn left(&self, running: &Running) -> bool {
-        let (name, number) = (self.place.name(), self.place.for_workers.number);
-        let leave = || running.workers.iter().all(|worker| worker.leave(number));
-        if self.place.is_gone() {
-            let gone = leave();
-            if gone {
-                self.capture.iter().for_each(Capture::unpin);
-                tracing::warn!(
-                    workload = name,
-                    "its network namespace is gone: capture has ended until it is there again"
-                );
-            }
-            return gone;
+        if !self.place.is_gone() {
+            return self.is_over();
         }
-        let Some(deadline) = self.leaving else { return false };
-        if Instant::now() >= deadline {
-            leave();
+        let mut numbers = self.numbers();
+        let gone = numbers.all(|number| running.workers.iter().all(|worker| worker.leave(number)));
+        if gone {
+            self.capture.iter().for_each(Capture::unpin);
+            tracing::warn!(
+                workload = self.place.name(),
+                "its network namespace is gone: capture has ended until it is there again"
+            );
         }
-        self.place.is_left()
+        gone
     }
 }

@@ -33,9 +33,11 @@ fn listener_that_comes_to_hash_its_clients_hashes_them() {
         add: Vec::new(),
         alter: vec![Alteration {
             addr: forwarder.addr,
+            from: 0,
             place: Arc::default(),
             proxy_protocol: ProxyProtocol::Off,
             route: Some(Route::Service { balance, id, origin: Origin::Forward }),
+            workload: Arc::default(),
         }],
         retire: Vec::new(),
         timeouts: small_profile().timeouts,
