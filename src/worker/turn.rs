@@ -106,7 +106,8 @@ impl Worker {
         let ticks = [timer, listener, drain].into_iter().flatten().min().map(Clock::span);
         let forwarded = self.forwarded.as_ref().and_then(|forwarded| forwarded.patience(now));
         let looping = self.listening.looping(self.clock.elapsed());
-        [ticks, forwarded, looping].into_iter().flatten().min()
+        let starved = self.can_share_buffers().then_some(Duration::ZERO);
+        [ticks, forwarded, looping, starved].into_iter().flatten().min()
     }
 
     /// Begins to hear one of the bells, or goes on with it.
@@ -290,6 +291,13 @@ impl Worker {
         {
             self.ring.recycle(buffer);
         }
+    }
+
+    /// There are buffers, and directions that wait for some. Whoever was let go first may have had
+    /// nothing to read (a receive starves before it looks at its socket) and have taken none: nothing
+    /// else would wake the worker for those behind it.
+    fn can_share_buffers(&self) -> bool {
+        !self.starved.is_empty() && self.ring.free(Pool::Small) > 0
     }
 
     /// Says how many buffers a direction may hold now, and lets those that wait for one receive

@@ -2,7 +2,7 @@
 //! The kernel's side: refused rings, starved buffers, reused slots, sudden death.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Output};
 use std::thread::scope;
@@ -10,7 +10,8 @@ use std::thread::scope;
 use socket2::SockRef;
 
 use crate::harness::{
-    Net, Place, Random, Weir, check, echo, expect_eof, receive, rounds, said, send, until, weir,
+    Net, PATIENCE, Place, Random, Weir, check, echo, expect_eof, receive, rounds, said, send,
+    until, weir,
 };
 
 const LISTEN: &str = "10.98.1.1:7000";
@@ -143,21 +144,14 @@ fn completions_beyond_the_ring_are_kept_and_counted() {
 fn starved_worker_does_not_spin() {
     let net = Net::new();
     let listener = net.listen(Place::Server, SERVER);
-    let profile = "summary: a test\nring: { spin_us: 0 }\n\
-                   buffers: { small_count: 2, small_bytes: 4096, bulk_count: 2, bulk_bytes: 4096 }\n\
-                   relay: { segments_max: 2, window_bytes: 4096, bulk_after_bytes: 1000000000 }\n\
-                   sockets: { send_buffer_bytes: 4608 }\n";
-    let weir = Weir::forward_with(&net, profile, &FORWARD);
-    let mut pairs = Vec::new();
-    for _ in 0..20 {
+    let weir = Weir::forward_with(&net, TWO_BUFFERS, &FORWARD);
+    let stalled = || {
         let client = net.connect(Place::Client, LISTEN);
         let (server, _) = listener.accept().unwrap();
-        client.set_nonblocking(true).unwrap();
-        let mut writer = &client;
-        // Until the socket is full: nobody reads at the other end.
-        while writer.write(&[1; 65536]).is_ok() {}
-        pairs.push((client, server));
-    }
+        fill(&client);
+        (client, server)
+    };
+    let pairs: Vec<_> = (0..20).map(|_| stalled()).collect();
     let enters = || weir.metric("weir_ring_enters_total", &[]);
     let mut last = enters();
     until("the worker comes to rest", || {
@@ -171,6 +165,41 @@ fn starved_worker_does_not_spin() {
     drop(pairs);
     weir.end(&net);
 }
+
+/// IO3: buffers that come back reach whoever has something to read, also behind many that starved with
+/// nothing to read and take none.
+#[test]
+fn idle_flows_that_starved_do_not_stand_in_the_way() {
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    let weir = Weir::forward_with(&net, TWO_BUFFERS, &FORWARD);
+    let pair = || (net.connect(Place::Client, LISTEN), listener.accept().unwrap().0);
+    let starved = || weir.metric("weir_buffers_exhausted_total", &[]);
+    let stalled: Vec<_> = (0..3).map(|_| pair()).inspect(|(client, _)| fill(client)).collect();
+    until("the stalled ones hold every buffer", || starved() > 0);
+    let idle: Vec<_> = (0..20).map(|_| pair()).collect();
+    let (mut client, mut server) = pair();
+    until("idle ones starve", || starved() >= 40);
+    client.write_all(b"a word").unwrap();
+    drop(stalled);
+    let mut word = [0; 6];
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    server.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"a word");
+    drop((idle, client, server));
+    weir.end(&net);
+}
+
+/// Writes until the socket is full.
+fn fill(mut client: &TcpStream) {
+    client.set_nonblocking(true).unwrap();
+    while client.write(&[1; 65536]).is_ok() {}
+}
+
+const TWO_BUFFERS: &str = "summary: a test\nring: { spin_us: 0 }\n\
+    buffers: { small_count: 2, small_bytes: 4096, bulk_count: 2, bulk_bytes: 4096 }\n\
+    relay: { segments_max: 2, window_bytes: 4096, bulk_after_bytes: 1000000000 }\n\
+    sockets: { send_buffer_bytes: 4608 }\n";
 
 /// IO5: slots change hands all the time, and no byte gets into the wrong ones.
 #[test]

@@ -17,6 +17,7 @@ pub(crate) struct Weir {
     child: Child,
     /// What they said when a test failed.
     metrics: String,
+    flows: String,
     place: TempDir,
 }
 
@@ -69,7 +70,7 @@ impl Weir {
     fn spawned(mut command: Command, place: TempDir) -> Weir {
         let log = fs::File::create(place.path().join("log")).unwrap();
         let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let mut weir = Weir { child, metrics: String::new(), place };
+        let mut weir = Weir { child, flows: String::new(), metrics: String::new(), place };
         until("weir is ready", || {
             let over = weir.child.try_wait().unwrap();
             assert!(over.is_none(), "weir ended with {over:?}: {}", weir.log());
@@ -227,6 +228,7 @@ impl Drop for Weir {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.metrics = self.ask("/metrics").unwrap_or_default();
+            self.flows = self.ask("/flows").unwrap_or_default();
         }
         // It has ended already, mostly.
         let _ = self.child.kill();
@@ -236,6 +238,7 @@ impl Drop for Weir {
             let is_news = |line: &&str| !line.starts_with('#') && !line.ends_with(" 0");
             let metrics = self.metrics.clone();
             eprintln!("{}", metrics.lines().filter(is_news).collect::<Vec<_>>().join("\n"));
+            eprintln!("{}", self.flows);
         }
     }
 }
