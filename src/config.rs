@@ -27,7 +27,7 @@ mod workloads;
 #[cfg(feature = "control")]
 pub(crate) use claims::overlap;
 pub use registry::{
-    Credentials, Layout, Named, Registry, RegistryKind, Scope, Sofa, Zookeeper, is_service_name,
+    Credentials, Layout, Named, Registry, RegistryKind, Scope, Sofa, Tree, is_service_name,
     registry_file,
 };
 pub use takeover::{Protection, Takeover, Wanted};

@@ -20,6 +20,8 @@ mod api;
 mod belief;
 mod book;
 mod desk;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod file;
 mod fixed;
 mod kept;
@@ -30,6 +32,8 @@ mod shelf;
 mod sofa;
 #[cfg(test)]
 mod tests;
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
+mod writer;
 #[cfg(feature = "zookeeper")]
 mod zookeeper;
 

@@ -28,14 +28,11 @@ impl Registry {
     #[must_use]
     pub fn identity(&self) -> Option<String> {
         match &self.kind {
+            RegistryKind::Etcd(tree) => Some(tree.identity("etcd")),
             RegistryKind::File(path) => Some(format!("file {}", path.display())),
             RegistryKind::Sofa(settings) => Some(settings.identity()),
             RegistryKind::Static(_) => None,
-            RegistryKind::Zookeeper(Zookeeper { layout, root, servers, .. }) => {
-                let mut servers = servers.clone();
-                servers.sort_unstable();
-                Some(format!("zookeeper {} {root} {}", servers.join(","), layout.word()))
-            }
+            RegistryKind::Zookeeper(tree) => Some(tree.identity("zookeeper")),
         }
     }
 }
@@ -43,6 +40,8 @@ impl Registry {
 /// A kind of registry, with what it needs.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum RegistryKind {
+    /// etcd, version 3.
+    Etcd(Tree),
     /// A YAML file, looked at again whenever it changes. Read only.
     File(PathBuf),
     /// SOFARegistry.
@@ -50,12 +49,12 @@ pub enum RegistryKind {
     /// In the config itself; what local applications publish is added while weir runs.
     Static(Vec<Named>),
     /// ZooKeeper.
-    Zookeeper(Zookeeper),
+    Zookeeper(Tree),
 }
 
-/// A ZooKeeper ensemble, and how services are written there.
+/// Servers that keep a tree, and how services are written there.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Zookeeper {
+pub struct Tree {
     /// Who we are there; everybody if not said.
     pub credentials: Option<Credentials>,
     /// How services are written.
@@ -66,6 +65,14 @@ pub struct Zookeeper {
     pub servers: Vec<String>,
     /// A weir that says nothing for so long is gone, and with it what it published.
     pub session_timeout: Duration,
+}
+
+impl Tree {
+    fn identity(&self, kind: &str) -> String {
+        let mut servers = self.servers.clone();
+        servers.sort_unstable();
+        format!("{kind} {} {} {}", servers.join(","), self.root, self.layout.word())
+    }
 }
 
 /// A name and where its password is.
@@ -146,10 +153,17 @@ pub(super) fn registries(
         forbid(word, &section, mistakes);
         let directory = directory.unwrap_or(Path::new(""));
         let kind = match word {
+            Kind::Etcd => {
+                built(cfg!(feature = "etcd"), "etcd", &section, mistakes);
+                tree(&mut section, directory, mistakes).map(RegistryKind::Etcd)
+            }
             Kind::File => file(&mut section, directory, mistakes),
             Kind::Sofa => sofa::sofa(&mut section, mistakes),
             Kind::Static => Some(RegistryKind::Static(named(&mut section, mistakes))),
-            Kind::Zookeeper => zookeeper(&mut section, directory, mistakes),
+            Kind::Zookeeper => {
+                built(cfg!(feature = "zookeeper"), "zookeeper", &section, mistakes);
+                tree(&mut section, directory, mistakes).map(RegistryKind::Zookeeper)
+            }
         };
         // Said already, where they do not belong.
         let others = KEYS.iter().filter(|(_, kinds)| !kinds.contains(&word));
@@ -189,23 +203,21 @@ fn file(section: &mut Section, directory: &Path, mistakes: &mut Mistakes) -> Opt
     Some(RegistryKind::File(directory.join(file)))
 }
 
-fn zookeeper(
-    section: &mut Section,
-    directory: &Path,
-    mistakes: &mut Mistakes,
-) -> Option<RegistryKind> {
-    if !cfg!(feature = "zookeeper") {
-        let text = "this weir was built without it (cargo feature `zookeeper`)";
+fn built(is_built: bool, feature: &str, section: &Section, mistakes: &mut Mistakes) {
+    if !is_built {
+        let text = format!("this weir was built without it (cargo feature `{feature}`)");
         mistakes.add(section.place(), &section.path("kind"), text);
     }
+}
+
+fn tree(section: &mut Section, directory: &Path, mistakes: &mut Mistakes) -> Option<Tree> {
     let servers = servers(section, mistakes);
     let layout = section.word("layout", &Layout::WORDS, mistakes).unwrap_or(Layout::Sofa);
     let root = root(section, layout.usual_root(), mistakes);
     let session = section.number("session_timeout_ms", SESSION_MS, mistakes);
     let credentials = credentials(section, directory, mistakes);
     let session_timeout = Duration::from_millis(session.unwrap_or(SESSION_MS_USUAL));
-    let registry = Zookeeper { credentials, layout, root, servers: servers?, session_timeout };
-    Some(RegistryKind::Zookeeper(registry))
+    Some(Tree { credentials, layout, root, servers: servers?, session_timeout })
 }
 
 fn servers(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<String>> {
@@ -224,7 +236,16 @@ fn servers(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<String>
         };
         match item.text().filter(is_server) {
             Some(text) => servers.push(text.to_owned()),
-            None => mistakes.add(item.place, &path, format!("{}must be `host:port`", item.said())),
+            None => {
+                let is_url = item.text().is_some_and(|text| text.contains("://"));
+                let more = if is_url {
+                    ", without a scheme: there is no TLS to registries yet"
+                } else {
+                    ""
+                };
+                let text = format!("{}must be `host:port`{more}", item.said());
+                mistakes.add(item.place, &path, text);
+            }
         }
     }
     (!servers.is_empty()).then_some(servers)
@@ -313,13 +334,15 @@ pub fn is_service_name(name: &str) -> bool {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Kind {
+    Etcd,
     File,
     Sofa,
     Static,
     Zookeeper,
 }
 
-const KINDS: [(&str, Kind); 4] = [
+const KINDS: [(&str, Kind); 5] = [
+    ("etcd", Kind::Etcd),
     ("file", Kind::File),
     ("sofa", Kind::Sofa),
     ("static", Kind::Static),
@@ -329,15 +352,15 @@ const KINDS: [(&str, Kind); 4] = [
 const KEYS: [(&str, &[Kind]); 12] = [
     ("group", &[Kind::Sofa]),
     ("heartbeat_ms", &[Kind::Sofa]),
-    ("layout", &[Kind::Zookeeper]),
-    ("password_file", &[Kind::Zookeeper]),
+    ("layout", &[Kind::Etcd, Kind::Zookeeper]),
+    ("password_file", &[Kind::Etcd, Kind::Zookeeper]),
     ("path", &[Kind::File]),
-    ("root", &[Kind::Zookeeper]),
+    ("root", &[Kind::Etcd, Kind::Zookeeper]),
     ("scope", &[Kind::Sofa]),
-    ("servers", &[Kind::Sofa, Kind::Zookeeper]),
+    ("servers", &[Kind::Etcd, Kind::Sofa, Kind::Zookeeper]),
     ("services", &[Kind::Static]),
-    ("session_timeout_ms", &[Kind::Zookeeper]),
-    ("user", &[Kind::Zookeeper]),
+    ("session_timeout_ms", &[Kind::Etcd, Kind::Zookeeper]),
+    ("user", &[Kind::Etcd, Kind::Zookeeper]),
     ("zone", &[Kind::Sofa]),
 ];
 /// Servers usually allow 2 to 20 of their ticks, which is 4 to 40 s.

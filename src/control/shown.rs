@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::config::{
     Captured, Config, Credentials, Destinations, Forward, Inbound, InboundCapture, Named,
     Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection, ProxyProtocol, Reach,
-    Registry, RegistryKind, Sofa, SourceAddress, Takeover, Wanted, Workers, Workload, Zookeeper,
+    Registry, RegistryKind, Sofa, SourceAddress, Takeover, Tree, Wanted, Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -180,8 +180,9 @@ fn takeover(takeover: &Takeover) -> Value {
             let services: Vec<Value> = services.iter().map(named).collect();
             json!({ "name": registry.name, "kind": "static", "services": services })
         }
+        RegistryKind::Etcd(settings) => tree(&registry.name, "etcd", settings),
         RegistryKind::Sofa(settings) => sofa(&registry.name, settings),
-        RegistryKind::Zookeeper(settings) => zookeeper(&registry.name, settings),
+        RegistryKind::Zookeeper(settings) => tree(&registry.name, "zookeeper", settings),
     };
     shown["registries"] = takeover.registries.iter().map(registry).collect();
     let wanted = |wanted: &Wanted| {
@@ -218,11 +219,11 @@ fn sofa(name: &str, settings: &Sofa) -> Value {
     shown
 }
 
-fn zookeeper(name: &str, settings: &Zookeeper) -> Value {
-    let Zookeeper { credentials, layout, root, servers, session_timeout } = settings;
+fn tree(name: &str, kind: &str, settings: &Tree) -> Value {
+    let Tree { credentials, layout, root, servers, session_timeout } = settings;
     let mut shown = json!({
         "name": name,
-        "kind": "zookeeper",
+        "kind": kind,
         "servers": servers,
         "layout": layout.word(),
         "root": root,

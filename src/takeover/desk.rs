@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 pub use self::disk::Page;
 use super::belief::Reason;
 use super::book::{Book, Source, Suspect};
+#[cfg(feature = "etcd")]
+use super::etcd;
 use super::link::Remote;
 use super::shelf::Shelf;
 #[cfg(feature = "sofa")]
@@ -447,6 +449,13 @@ impl std::fmt::Debug for Desk {
 
 fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
     match &one.kind {
+        #[cfg(feature = "etcd")]
+        RegistryKind::Etcd(settings) => {
+            let settings = settings.clone();
+            Box::new(Remote::spawn(&one.name, |link| etcd::run(link, settings)))
+        }
+        #[cfg(not(feature = "etcd"))]
+        RegistryKind::Etcd(_) => Box::new(FixedRegistry::new(&one.name, &[])),
         RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
         #[cfg(feature = "sofa")]
         RegistryKind::Sofa(settings) => {

@@ -5,14 +5,42 @@
 //! Pure. The same service and provider always make the same leaf, so who publishes again finds its
 //! own; what stands there and is no provider of the service is left out, never guessed.
 
-use super::Provider;
-use crate::config::Layout;
+use super::{Provider, Snapshot};
+use crate::config::{Layout, Tree};
 
 /// A service, as both frameworks split its name.
 struct Key<'a> {
     interface: &'a str,
     unique: &'a str,
     version: Option<&'a str>,
+}
+
+impl Tree {
+    /// Where the providers of `service` stand.
+    pub(super) fn directory(&self, service: &str) -> String {
+        self.layout.directory(&self.root, service)
+    }
+
+    /// Where `provider` does.
+    pub(super) fn path(&self, service: &str, provider: &Provider) -> String {
+        format!("{}/{}", self.directory(service), self.layout.leaf(service, provider))
+    }
+
+    /// What these `leaves` of its directory say.
+    pub(super) fn snapshot<'a>(
+        &self,
+        service: &str,
+        leaves: impl IntoIterator<Item = &'a str>,
+        revision: i64,
+    ) -> Snapshot {
+        let leaves = leaves.into_iter();
+        let mut providers: Vec<Provider> =
+            leaves.filter_map(|leaf| self.layout.provider(service, leaf)).collect();
+        providers.sort_by_key(|provider| provider.endpoint.addr);
+        providers.dedup_by_key(|provider| provider.endpoint.addr);
+        let revision = u64::try_from(revision).unwrap_or(0);
+        Snapshot { providers, revision, service: service.to_owned() }
+    }
 }
 
 impl Layout {

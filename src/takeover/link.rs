@@ -264,6 +264,13 @@ impl Backoff {
     }
 }
 
+/// The first line of its file.
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
+pub(super) fn password_of(credentials: &crate::config::Credentials) -> std::io::Result<String> {
+    let text = std::fs::read_to_string(&credentials.password_file)?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
 /// From 0 to 1.
 fn chance() -> f64 {
     f64::from(u32::try_from(random() >> 32).unwrap_or(0)) / f64::from(u32::MAX)

@@ -11,17 +11,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
-use zookeeper_client::{Client, Error, EventType, OneshotWatcher, SessionState, StateWatcher};
+use zookeeper_client::{
+    Acl, Acls, Client, CreateMode, Error, EventType, OneshotWatcher, Permission, SessionState,
+    StateWatcher,
+};
 
-use self::writer::Writer;
-use super::link::{Backoff, Followers, Link};
-use super::{Provider, Snapshot};
-use crate::config::{Credentials, Zookeeper};
-
-mod writer;
+use super::Provider;
+use super::link::{Backoff, Followers, Link, password_of};
+use super::writer::{Owner, Store, Writer};
+use crate::config::{Credentials, Layout, Tree};
 
 /// Works until it is aborted: whatever happens to the ensemble, it comes back to it.
-pub(super) async fn run(link: Arc<Link>, settings: Zookeeper) {
+pub(super) async fn run(link: Arc<Link>, settings: Tree) {
     let settings = Arc::new(settings);
     let mut backoff = Backoff::new();
     loop {
@@ -34,7 +35,7 @@ pub(super) async fn run(link: Arc<Link>, settings: Zookeeper) {
 /// One session, from its beginning to its end.
 async fn attempt(
     link: &Arc<Link>,
-    settings: &Arc<Zookeeper>,
+    settings: &Arc<Tree>,
     backoff: &mut Backoff,
 ) -> Result<Infallible, Failure> {
     let client = connect(settings).await?;
@@ -54,7 +55,7 @@ enum Failure {
     Session(SessionState),
 }
 
-async fn connect(settings: &Zookeeper) -> Result<Client, Failure> {
+async fn connect(settings: &Tree) -> Result<Client, Failure> {
     let servers = settings.servers.join(",");
     let mut connector = Client::connector().with_session_timeout(settings.session_timeout);
     if let Some(credentials) = &settings.credentials {
@@ -65,11 +66,11 @@ async fn connect(settings: &Zookeeper) -> Result<Client, Failure> {
 
 fn digest(credentials: &Credentials) -> Result<String, Failure> {
     let Credentials { password_file, user } = credentials;
-    let text = std::fs::read_to_string(password_file).map_err(|source| Failure::Password {
+    let password = password_of(credentials).map_err(|source| Failure::Password {
         path: password_file.display().to_string(),
         source,
     })?;
-    Ok(format!("{user}:{}", text.lines().next().unwrap_or_default()))
+    Ok(format!("{user}:{password}"))
 }
 
 /// What is done while one session lives.
@@ -78,22 +79,22 @@ struct Session<'a> {
     reader: Reader,
     states: StateWatcher,
     followers: Followers,
-    writer: Writer,
+    writer: Writer<Reader>,
 }
 
-/// Follows directories and says what stands there.
+/// The ensemble, as one session sees it.
 #[derive(Clone)]
 struct Reader {
     client: Client,
     link: Arc<Link>,
-    settings: Arc<Zookeeper>,
+    settings: Arc<Tree>,
 }
 
 impl<'a> Session<'a> {
-    fn new(link: &'a Arc<Link>, settings: &'a Arc<Zookeeper>, client: Client) -> Session<'a> {
+    fn new(link: &'a Arc<Link>, settings: &'a Arc<Tree>, client: Client) -> Session<'a> {
         let states = client.state_watcher();
-        let writer = Writer::new(client.clone(), Arc::clone(link), Arc::clone(settings));
         let reader = Reader { client, link: Arc::clone(link), settings: Arc::clone(settings) };
+        let writer = Writer::new(Arc::clone(link), reader.clone());
         Session { followers: Followers::default(), link, reader, states, writer }
     }
 
@@ -133,7 +134,7 @@ impl<'a> Session<'a> {
 impl Reader {
     /// Until the session is over.
     async fn follow(self, service: String) {
-        let directory = self.settings.layout.directory(&self.settings.root, &service);
+        let directory = self.settings.directory(&service);
         let mut trouble = None;
         loop {
             match self.read(&directory, &service).await {
@@ -163,7 +164,8 @@ impl Reader {
         loop {
             match self.client.get_and_watch_children(directory).await {
                 Ok((leaves, stat, watcher)) => {
-                    self.say(service, &leaves, stat.pzxid);
+                    let leaves = leaves.iter().map(String::as_str);
+                    self.link.note_snapshot(self.settings.snapshot(service, leaves, stat.pzxid));
                     return Ok(watcher);
                 }
                 Err(Error::NoNode) => {}
@@ -171,20 +173,94 @@ impl Reader {
             }
             let (stat, watcher) = self.client.check_and_watch_stat(directory).await?;
             if stat.is_none() {
-                self.say(service, &[], 0);
+                self.link.note_snapshot(self.settings.snapshot(service, [], 0));
                 return Ok(watcher);
             }
         }
     }
+}
 
-    fn say(&self, service: &str, leaves: &[String], revision: i64) {
-        let provider = |leaf: &String| self.settings.layout.provider(service, leaf);
-        let mut providers: Vec<Provider> = leaves.iter().filter_map(provider).collect();
-        providers.sort_by_key(|provider| provider.endpoint.addr);
-        providers.dedup_by_key(|provider| provider.endpoint.addr);
-        let revision = u64::try_from(revision).unwrap_or(0);
-        self.link.note_snapshot(Snapshot { providers, revision, service: service.to_owned() });
+impl Store for Reader {
+    type Error = Error;
+
+    fn is_of_session(error: &Error) -> bool {
+        matches!(
+            error,
+            Error::AuthFailed
+                | Error::ClientClosed
+                | Error::ConnectionLoss
+                | Error::NoHosts
+                | Error::NotReadOnly
+                | Error::SessionExpired
+                | Error::SessionMoved
+                | Error::Throttled
+                | Error::Timeout
+        )
     }
+
+    fn path(&self, service: &str, provider: &Provider) -> String {
+        self.settings.path(service, provider)
+    }
+
+    async fn owner(&self, path: &str) -> Result<Owner, Error> {
+        let stat = self.client.check_stat(path).await?;
+        Ok(match stat.map(|stat| stat.ephemeral_owner) {
+            None => Owner::Nobody,
+            Some(owner) if owner == self.client.session_id().0 => Owner::Us,
+            Some(_) => Owner::Other,
+        })
+    }
+
+    async fn enter(&self, path: &str, provider: &Provider) -> Result<(), Error> {
+        let (client, acls) = (&self.client, acls(&self.settings));
+        let data = provider.endpoint.addr.ip().to_string();
+        let data = if self.settings.layout == Layout::Dubbo { data.as_bytes() } else { b"" };
+        for _ in 0..ENTER_ATTEMPTS {
+            match client.create(path, data, &CreateMode::Ephemeral.with_acls(acls)).await {
+                Ok(_) => return Ok(()),
+                Err(Error::NoNode) => {
+                    let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+                    client.mkdir(parent, &CreateMode::Persistent.with_acls(acls)).await?;
+                }
+                Err(Error::NodeExists) if self.owner(path).await? == Owner::Us => return Ok(()),
+                Err(Error::NodeExists) => {
+                    // Left by a session of ours that has not expired yet: it would take the leaf
+                    // away when it does.
+                    let mut both = client.new_multi_writer();
+                    both.add_delete(path, None)?;
+                    both.add_create(path, data, &CreateMode::Ephemeral.with_acls(acls))?;
+                    match both.commit().await.map_err(Error::from) {
+                        Ok(_) => return Ok(()),
+                        Err(Error::NoNode) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::NodeExists)
+    }
+
+    /// There is no way to remove a node only if one owns it: who takes it between the two steps writes it
+    /// again when it looks.
+    async fn remove(&self, path: &str) -> Result<(), Error> {
+        if self.owner(path).await? != Owner::Us {
+            return Ok(());
+        }
+        match self.client.delete(path, None).await {
+            Err(Error::NoNode) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// Whoever has the password may change what is ours, and everybody may read it.
+fn acls(settings: &Tree) -> Acls<'static> {
+    static OWN: [Acl; 2] = [
+        Acl::new_const(Permission::ALL, "auth", ""),
+        Acl::new_const(Permission::READ, "world", "anyone"),
+    ];
+    if settings.credentials.is_some() { Acls::new(&OWN) } else { Acls::anyone_all() }
 }
 
 /// Publications that could not be brought in line are tried again.
@@ -194,3 +270,5 @@ const AUDIT_TICKS: u32 = 5;
 /// Changes of one directory that come closer than this are one.
 const COALESCE: Duration = Duration::from_millis(20);
 const READ_AGAIN: Duration = Duration::from_millis(500);
+/// Directories and rivals come and go between two steps; more than this is no accident.
+const ENTER_ATTEMPTS: u32 = 5;

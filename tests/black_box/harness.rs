@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 pub(crate) use self::bpffs::Bpffs;
+pub(crate) use self::etcd::Etcd;
 pub(crate) use self::net::{Cgroup, Net, Place, run, said};
 pub(crate) use self::program::Program;
 pub(crate) use self::sofaregistry::SofaRegistry;
@@ -12,6 +13,7 @@ pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, rece
 pub(crate) use self::zookeeper::Zookeeper;
 
 mod bpffs;
+mod etcd;
 mod net;
 mod program;
 pub(crate) mod rig;

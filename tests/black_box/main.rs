@@ -9,6 +9,7 @@ mod checks;
 mod coming;
 mod copy;
 mod crash;
+mod etcd;
 mod gateway;
 mod half_close;
 mod harness;

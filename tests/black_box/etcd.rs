@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Takeover with a real etcd: what it holds, when, and what its troubles do.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::harness::{Etcd, Net, Place, Weir, until, weir};
+use crate::takeover::{SERVICE, ask, await_endpoints, service};
+
+const CLUSTER: &str = "10.98.2.2:2379";
+const REGISTRY: &str = "{ name: main, kind: etcd, servers: [\"10.98.2.2:2379\"], layout: dubbo, session_timeout_ms: 2000 }";
+
+fn provider(net: &Net) -> Weir {
+    let config = format!(
+        "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
+         app_port: 20880\n  propagation_ms: 0\n  registries: [{REGISTRY}]"
+    );
+    Weir::run_as(net.command(Place::Server, weir()), &config)
+}
+
+fn consumer(net: &Net) -> Weir {
+    let config = format!(
+        "workers: 1\ntakeover: {{ registries: [{REGISTRY}], services: [{{ name: \"{SERVICE}\" }}] }}"
+    );
+    Weir::run(net, &config)
+}
+
+/// Publishes with the provider's weir, for an application that is there.
+fn publish(net: &Net) {
+    let listener = net.listen(Place::Server, "127.0.0.1:20880");
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    let answer = ask(net, Place::Server, "/services/publish", Some(&service(Some("20880"))));
+    assert_eq!(answer, json!({ "success": true, "errorMessage": "" }));
+}
+
+/// Fails if it takes longer than `bound`.
+fn within(bound: Duration, what: &str, is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    until(what, is_so);
+    assert!(begin.elapsed() < bound, "{what}: {:?}", begin.elapsed());
+}
+
+/// RS8, T1, T3: the registry comes after both weirs; it holds the address of the provider's weir, as others
+/// write it, never the application's own; a drain takes it out.
+#[test]
+fn registry_holds_the_sidecar_and_never_the_application() {
+    let net = Net::new();
+    let mut etcd = Etcd::new(&net, Place::Server, CLUSTER);
+    let (mut provider, consumer) = (provider(&net), consumer(&net));
+    publish(&net);
+    let answer = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
+    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    etcd.start();
+    etcd.watch();
+    await_endpoints(&consumer, 1);
+    let [key] = &etcd.providers()[..] else { panic!("one provider") };
+    let expected =
+        "/dubbo/com.a.DemoService/providers/dubbo%3A%2F%2F10.98.2.2%3A20881%2Fcom.a.DemoService%3F";
+    assert!(key.starts_with(expected), "{key}");
+    provider.signal(Signal::SIGTERM);
+    assert_eq!(provider.wait().code(), Some(0));
+    assert_eq!(etcd.providers(), Vec::<String>::new(), "withdrawn before the end");
+    until("the watcher has seen it", || etcd.history().contains("DELETE"));
+    let history = etcd.history();
+    assert!(history.contains("20881") && !history.contains("20880"), "ever: {history}");
+    consumer.end(&net);
+}
+
+/// RS8: whatever becomes of a lease, a watch or the cluster, it holds this host again within bounds.
+#[test]
+fn publication_outlives_lost_leases_compaction_and_servers() {
+    let net = Net::new();
+    let mut etcd = Etcd::started(&net, Place::Server, CLUSTER);
+    let (provider, consumer) = (provider(&net), consumer(&net));
+    publish(&net);
+    await_endpoints(&consumer, 1);
+    let keys = etcd.providers();
+
+    // The lease ends: a weir that is stopped says nothing.
+    provider.signal(Signal::SIGSTOP);
+    within(Duration::from_secs(8), "a silent weir is forgotten", || etcd.providers().is_empty());
+    provider.signal(Signal::SIGCONT);
+    within(Duration::from_secs(8), "it registers again", || etcd.providers() == keys);
+
+    // Somebody takes the key away: weir looks every few seconds.
+    etcd.ask(&["del", &keys[0]]).unwrap();
+    within(Duration::from_secs(9), "it is there again", || etcd.providers() == keys);
+
+    // History goes, and what comes after it is still heard.
+    let status = etcd.ask(&["endpoint", "status", "-w", "json"]).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let revision = status[0]["Status"]["header"]["revision"].to_string();
+    etcd.ask(&["compact", &revision]).unwrap();
+    let other = keys[0].replace("10.98.2.2", "10.98.2.9");
+    etcd.ask(&["put", &other, ""]).unwrap();
+    await_endpoints(&consumer, 2);
+    etcd.ask(&["del", &other]).unwrap();
+    await_endpoints(&consumer, 1);
+
+    // The cluster is killed and comes back, first with what it knew, then with nothing.
+    etcd.kill();
+    etcd.start();
+    within(Duration::from_secs(12), "it is there", || etcd.providers() == keys);
+    etcd.kill();
+    etcd.wipe();
+    etcd.start();
+    within(Duration::from_secs(15), "it registers with the new one", || etcd.providers() == keys);
+    await_endpoints(&consumer, 1);
+
+    // It hangs: connections are taken and nothing is answered.
+    etcd.signal(Signal::SIGSTOP);
+    let answer = ask(&net, Place::Server, "/services/publish", Some(&service(Some("20880"))));
+    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    until("weir has noticed", || provider.metric("weir_registry_connected", &[]) == 0);
+    etcd.signal(Signal::SIGCONT);
+    within(Duration::from_secs(15), "it goes on", || {
+        etcd.providers() == keys && provider.metric("weir_registry_connected", &[]) == 1
+    });
+    await_endpoints(&consumer, 1);
+    consumer.end(&net);
+    provider.end(&net);
+}
+
+/// RS8: weir is who the config says; what this user may not do is said once and counted, and stops nothing
+/// else; a wrong password is said.
+#[test]
+fn user_may_what_the_cluster_lets_him() {
+    let net = Net::new();
+    let mut etcd = Etcd::started(&net, Place::Server, CLUSTER);
+    etcd.close("/sofa-rpc/com.a.DemoService/");
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("password");
+    std::fs::write(&file, "wrong\n").unwrap();
+    let registry = format!(
+        "{{ name: main, kind: etcd, servers: [\"10.98.2.2:2378\", \"{CLUSTER}\"], session_timeout_ms: 2000, \
+         user: weir, password_file: \"{}\" }}",
+        file.display()
+    );
+    let config = format!(
+        "workers: 1\ntakeover: {{ advertise: 10.98.2.2, app_port: 20880, propagation_ms: 0, \
+         registries: [{registry}], services: [{{ name: \"{SERVICE}\" }}] }}"
+    );
+    let weir = Weir::run_as(net.command(Place::Server, weir()), &config);
+    publish(&net);
+    until("the password is refused", || {
+        weir.log().contains("lease/grant") || weir.log().contains("auth/authenticate")
+    });
+    std::fs::write(&file, "secret\n").unwrap();
+    let mut closed = service(Some("20880"));
+    closed["serviceName"] = "com.a.AClosedService:1.0".into();
+    assert_eq!(ask(&net, Place::Server, "/services/publish", Some(&closed))["success"], true);
+    await_endpoints(&weir, 1);
+    assert_eq!(etcd.providers().len(), 1);
+    let past_an_audit = Instant::now() + Duration::from_secs(7);
+    until("it is tried again", || Instant::now() > past_an_audit);
+    assert_eq!(weir.metric("weir_registry_refusals_total", &["registry=\"main\""]), 1);
+    assert_eq!(weir.log().matches("permission denied").count(), 1, "{}", weir.log());
+    weir.end(&net);
+    assert_eq!(etcd.providers(), Vec::<String>::new());
+}
