@@ -58,6 +58,18 @@ pub enum Origin {
 }
 
 impl Origin {
+    /// From a workload, to somewhere else.
+    #[must_use]
+    pub const fn is_outbound(self) -> bool {
+        matches!(
+            self,
+            Origin::OutboundConnect
+                | Origin::OutboundRedirect
+                | Origin::OutboundTakeover
+                | Origin::OutboundTproxy
+        )
+    }
+
     /// Every value, in the order of the discriminants.
     pub const ALL: [Origin; 8] = [
         Origin::Forward,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::claims::{self, Claim};
 use super::registry::{Registry, registries, service_name};
 use super::service;
+use crate::addr::canonical;
 use crate::service::Manner;
 use crate::yaml::{Mistakes, Node, Section};
 
@@ -62,6 +63,8 @@ impl Takeover {
 /// A service that is wanted from the start.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Wanted {
+    /// Where nobody is: a captured connection that was dialled there is for this service.
+    pub dialled_at: Option<SocketAddr>,
     /// Whether `protect` is for it, too.
     pub is_protected: bool,
     /// An address of its own: whatever comes there is for this service, and nothing is read.
@@ -162,13 +165,20 @@ fn wanted(section: &mut Section, claims: &mut Vec<Claim>, mistakes: &mut Mistake
         let name = service_name(&mut section, mistakes);
         let is_protected = section.word("protect", &SWITCH, mistakes).unwrap_or(true);
         let listen = claims::address(&mut section, "listen", mistakes);
+        let dialled_at = claims::address(&mut section, "virtual", mistakes).map(canonical);
+        if let Some(addr) = dialled_at.filter(|addr| addr.ip().is_unspecified()) {
+            mistakes.add(place, &path, format!("`{addr}`: nobody dials that: say one address"));
+        }
+        if dialled_at.is_some() && found.iter().any(|other| other.dialled_at == dialled_at) {
+            mistakes.add(place, &path, "another service has this `virtual` address");
+        }
         section.finish(mistakes);
         let Some(name) = name else { continue };
         if found.iter().any(|other| other.name == name) {
             mistakes.add(place, &path, format!("the service {name} is there twice"));
         }
         claims.extend(listen.map(|listen| Claim::new(&path, place, listen)));
-        found.push(Wanted { is_protected, listen, name });
+        found.push(Wanted { dialled_at, is_protected, listen, name });
     }
     found
 }

@@ -188,7 +188,9 @@ fn takeover(takeover: &Takeover) -> Value {
     let wanted = |wanted: &Wanted| {
         let listen = wanted.listen.map(|listen| ("listen", listen.to_string()));
         let off = (!wanted.is_protected).then(|| ("protect", "off".to_owned()));
-        let pairs = [("name", wanted.name.clone())].into_iter().chain(listen).chain(off);
+        let dialled_at = wanted.dialled_at.map(|addr| ("virtual", addr.to_string()));
+        let pairs = [("name", wanted.name.clone())].into_iter();
+        let pairs = pairs.chain(listen).chain(dialled_at).chain(off);
         pairs.map(|(key, value)| (key.to_owned(), Value::from(value))).collect::<Value>()
     };
     shown["services"] = takeover.services.iter().map(wanted).collect();
@@ -353,7 +355,7 @@ takeover:
   propagation_ms: 1000
   protect: { empty_ms: 1000, drop_percent: 50, drop_ms: 2000 }
   state: /var/lib/weir
-  services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1", protect: off }]
+  services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1", virtual: "10.96.0.7:80", protect: off }]
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;
 

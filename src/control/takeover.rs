@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use super::services::{self, Services};
 use super::serving::{Bounds, serve};
 use super::{RunError, Running, checks};
-use crate::config::{Config, Takeover};
+use crate::config::{Config, Takeover, Wanted};
 use crate::service::{Balance, Endpoint, Manner, ServiceId};
 use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
 
@@ -49,8 +49,12 @@ pub(super) fn enter(takeover: &Takeover, services: &Services) -> Entered {
     services.change(|directory| {
         let of = Manner::of(Balance::RoundRobin);
         let inbound = directory.set(services::APPLICATION, of, Vec::new(), now);
-        let enter = |name: &String| directory.set(name, takeover.manner.clone(), Vec::new(), now);
-        let wanted = takeover.services.iter().map(|one| &one.name).map(enter).collect();
+        let enter = |one: &Wanted| {
+            let id = directory.set(&one.name, takeover.manner.clone(), Vec::new(), now);
+            one.dialled_at.into_iter().for_each(|addr| directory.place(addr, id));
+            id
+        };
+        let wanted = takeover.services.iter().map(enter).collect();
         Entered { inbound, wanted }
     })
 }

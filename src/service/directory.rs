@@ -24,6 +24,7 @@ pub struct Directory {
     slots: Vec<Slot>,
     /// What active checks have found dead.
     unhealthy: HashSet<SocketAddr>,
+    virtuals: Arc<HashMap<SocketAddr, ServiceId>>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -62,6 +63,12 @@ impl Directory {
         self.forget(old.into_keys());
         self.revision += 1;
         id
+    }
+
+    /// Who dials `addr` means the service `id`, as long as there is one.
+    pub fn place(&mut self, addr: SocketAddr, id: ServiceId) {
+        Arc::make_mut(&mut self.virtuals).insert(canonical(addr), id);
+        self.revision += 1;
     }
 
     /// Forgets a service. Who still holds its id finds nobody under it.
@@ -115,6 +122,7 @@ impl Directory {
             revision: self.revision,
             services: self.services.clone(),
             slots: u32::try_from(self.slots.len()).unwrap_or(u32::MAX),
+            virtuals: Arc::clone(&self.virtuals),
         })
     }
 

@@ -2,6 +2,7 @@
 //! What workers read: every service with its endpoints, as of one moment. Never changes.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::{Balance, Duration, Endpoint, EndpointId, Instant, Manner, ServiceId, order};
@@ -15,6 +16,8 @@ pub struct Table {
     pub(super) services: Vec<Option<Arc<Service>>>,
     /// Endpoint slots ever handed out.
     pub(super) slots: u32,
+    /// Addresses at which nobody is: who dials one means the service.
+    pub(super) virtuals: Arc<HashMap<SocketAddr, ServiceId>>,
 }
 
 impl Table {
@@ -23,6 +26,12 @@ impl Table {
     #[must_use]
     pub fn find(&self, name: &str) -> Option<ServiceId> {
         self.names.get(name).copied().filter(|_| !name.contains('/'))
+    }
+
+    /// The service that is meant by who dials `addr`.
+    #[must_use]
+    pub fn at(&self, addr: SocketAddr) -> Option<ServiceId> {
+        self.virtuals.get(&addr).copied()
     }
 
     /// A service by its id.

@@ -50,7 +50,7 @@ pub(super) struct State {
     /// Open flows that came by it.
     pub(super) flows: u32,
     pub(super) loops: LoopWatch,
-    origin: Origin,
+    pub(super) origin: Origin,
     /// Where it lives.
     pub(super) place: Arc<Place>,
     /// Where it listens: who is accepted for this port was not captured.

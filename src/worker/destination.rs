@@ -57,6 +57,11 @@ impl Worker {
             let is_direct = dst.port() == state.port;
             return Err(if is_direct { Denied::Direct } else { Denied::OwnPort });
         }
+        let is_outbound = state.origin.is_outbound();
+        if let Some(id) = self.services.table().at(dst).filter(|_| is_outbound) {
+            let endpoint = self.endpoint_of(id, key_of(downstream.addr().ip()))?;
+            return Ok(Destination { original_dst: Some(dst), ..endpoint });
+        }
         let from = keeps.then_some(downstream.addr());
         self.refuse_tripped(Pair { from: from.map(|from| from.ip()), to: dst })?;
         let source = from.map(|from| self.source_of(listener, from, dst)).transpose()?;

@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Cgroup, Net, Place, Weir, run, until};
+use crate::outbound::{says, servers};
 
 const LISTEN: &str = "10.98.1.1:7000";
 const SERVERS: [&str; 3] = ["10.98.2.2:7001", "10.98.2.2:7002", "10.98.2.2:7003"];
@@ -183,4 +184,49 @@ fn consistent_hash_is_the_same_for_every_worker() {
     assert_eq!(counts, [0, 0, 60]);
     drop((flows, listeners));
     weir.end(&net);
+}
+
+/// TK8: an application under capture dials a service's virtual address, at which nobody is, and gets an
+/// endpoint from the registry, another one when the first is dead; with none it is reset, and what is not
+/// virtual goes where it was dialled.
+#[test]
+fn captured_dial_of_a_virtual_address_gets_an_endpoint() {
+    let net = Net::new();
+    servers(&net);
+    let place = tempfile::TempDir::new().unwrap();
+    let file = place.path().join("services.yaml");
+    let registry = |endpoints: &str| {
+        let new = place.path().join("new");
+        std::fs::write(&new, format!("services: [{{ name: \"a:1\", endpoints: [{endpoints}] }}]"))
+            .unwrap();
+        std::fs::rename(new, &file).unwrap();
+    };
+    for mode in ["connect", "redirect", "tproxy"] {
+        registry("\"10.98.2.2:9\", \"10.98.2.2:80\"");
+        let cgroup = Cgroup::new();
+        let config = format!(
+            "workers: 1\noutbound: {{ capture: {mode}, workload: {{ cgroup: {} }} }}\n\
+             takeover: {{ protect: off, registries: [{{ kind: file, path: \"{}\" }}], \
+             services: [{{ name: \"a:1\", virtual: \"10.98.2.77:6379\" }}] }}",
+            cgroup.path,
+            file.display()
+        );
+        let weir = Weir::run(&net, &config);
+        let count =
+            |weir: &Weir| weir.endpoints().iter().filter(|one| one.0.starts_with("10.")).count();
+        until("the registry is read", || count(&weir) == 2);
+        let dial = "dial(V4, ('10.98.2.77', 6379))";
+        for _ in 0..3 {
+            assert_eq!(says(&cgroup, &net, dial), "10.98.2.77 6379 10.98.2.2:80", "{mode}");
+        }
+        let direct = says(&cgroup, &net, "dial(V4, ('10.98.2.2', 80))");
+        assert_eq!(direct, "10.98.2.2 80 10.98.2.2:80", "{mode}");
+        registry("");
+        until("nobody is there", || count(&weir) == 0);
+        let refused = "try:\n s = socket.socket(V4); s.connect(('10.98.2.77', 6379)); print(s.recv(1))\n\
+                       except OSError as error: print(type(error).__name__)";
+        assert_eq!(says(&cgroup, &net, refused), "ConnectionResetError", "{mode}");
+        assert_eq!(weir.denied("no_endpoint"), 1, "{mode}");
+        weir.end(&net);
+    }
 }
