@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use self::bpffs::Bpffs;
 pub(crate) use self::etcd::Etcd;
+pub(crate) use self::java::java;
 pub(crate) use self::net::{Cgroup, Net, Place, run, said};
 pub(crate) use self::program::Program;
 pub(crate) use self::sofaregistry::SofaRegistry;
@@ -14,6 +15,7 @@ pub(crate) use self::zookeeper::Zookeeper;
 
 mod bpffs;
 mod etcd;
+mod java;
 mod net;
 mod program;
 pub(crate) mod rig;

@@ -32,6 +32,7 @@ mod rules;
 mod services;
 mod sockmap;
 mod sofaregistry;
+mod sofarpc;
 mod splice;
 mod takeover;
 mod tune;

@@ -3,7 +3,6 @@
 //! namespace of the test.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Net, Place};
+use super::{Net, Place, java};
 
 /// One that knows nothing at first; killed on drop.
 pub(crate) struct SofaRegistry<'a> {
@@ -38,15 +37,8 @@ impl<'a> SofaRegistry<'a> {
     }
 
     pub(crate) fn start(&mut self) {
-        let classes = std::env::var_os("WEIR_SOFAREGISTRY").map(PathBuf::from);
-        let classes = classes.expect("WEIR_SOFAREGISTRY: the jars that `make interop` fetches");
-        let mut command = self.net.command(self.place, "java");
-        command.args(["-Xmx512m", "-XX:TieredStopAtLevel=1"]);
-        for package in OPENED {
-            command.arg("--add-opens").arg(format!("java.base/{package}=ALL-UNNAMED"));
-        }
-        command.arg(format!("-Duser.home={}", self.home.path().display()));
-        command.arg("-cp").arg(classes.join("*")).arg(MAIN).current_dir(self.home.path());
+        let mut command = java(self.net, self.place, self.home.path(), "WEIR_SOFAREGISTRY");
+        command.arg(MAIN);
         let log = fs::File::create(self.home.path().join("out")).unwrap();
         let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
         self.child = Some(child.expect("java"));
@@ -104,9 +96,6 @@ impl Drop for SofaRegistry<'_> {
     }
 }
 
-/// What it looks into, and Java 17 does not show unasked.
-const OPENED: [&str; 6] =
-    ["java.io", "java.lang", "java.lang.reflect", "java.math", "java.net", "java.util"];
 const MAIN: &str = "com.alipay.sofa.registry.server.integration.RegistryApplication";
 /// Twelve seconds on two idle cores.
 const STARTS_WITHIN: Duration = Duration::from_secs(120);
