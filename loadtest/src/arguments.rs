@@ -21,6 +21,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// The least that a forwarder can cost on this host: its calls on sockets, and nothing else
+    Bound(Bound),
     /// Compare modes, relays and other forwarders on this host, or two such results
     Compare(Box<Compare>),
     /// A plain forwarder to compare with
@@ -167,6 +169,22 @@ pub(crate) struct Run {
     pub(crate) threshold: Vec<crate::threshold::Threshold>,
     #[command(flatten)]
     pub(crate) place: Place,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Bound {
+    /// Flows, of four sockets each
+    #[arg(long, default_value_t = 64)]
+    pub(crate) connections: usize,
+    /// The CPU of client and server, and that of the forwarder
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1")]
+    pub(crate) cpus: Vec<usize>,
+    /// Seconds to measure
+    #[arg(long, default_value = "1", value_parser = seconds)]
+    pub(crate) duration: Duration,
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(crate) output: Output,
 }
 
 /// Prints the nanoseconds in which a cache line goes from one to the other and back. With

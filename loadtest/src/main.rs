@@ -12,6 +12,7 @@ use arguments::{Arguments, Verb};
 
 mod arguments;
 mod bolt;
+mod bound;
 mod compare;
 mod engine;
 mod forward;
@@ -36,6 +37,7 @@ enum Exit {
 
 fn main() -> ExitCode {
     let exit = match Arguments::parse().verb {
+        Verb::Bound(arguments) => bound::bound(&arguments),
         Verb::Compare(arguments) => compare::compare(&arguments),
         Verb::Forward(arguments) => forward::forward(&arguments).map(|()| Exit::Fine),
         Verb::Near(arguments) => near::near(&arguments),
