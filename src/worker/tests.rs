@@ -15,6 +15,7 @@ use crate::service::{Directory, Endpoint, Manner};
 use crate::sys::socket::ListenOptions;
 
 mod listeners;
+mod pauses;
 mod stalls;
 
 /// A worker that forwards to `endpoints`; drained and joined by `end`.
@@ -26,26 +27,8 @@ struct Forwarder {
 
 impl Forwarder {
     fn start(endpoints: Vec<SocketAddr>, change: impl FnOnce(&mut Profile, &mut Share)) -> Self {
-        let mut profile = small_profile();
-        let mut share = SHARE;
-        change(&mut profile, &mut share);
-        let options = ListenOptions { backlog: 1024, nodelay: true, ..ListenOptions::default() };
-        let fd = socket::listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
-        let addr = socket::local_name(fd.as_fd()).unwrap();
-        let endpoints = endpoints.into_iter().map(Endpoint::new).collect();
-        let mut services = Directory::default();
-        let manner = Manner::of(Balance::RoundRobin);
-        let id = services.set("test", manner, endpoints, Instant::now());
-        let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
-        let listener = Listener {
-            fd,
-            name: "test".into(),
-            place: Arc::default(),
-            proxy_protocol: ProxyProtocol::Off,
-            route,
-            workload: Arc::default(),
-        };
-        let handle = spawn(setup(vec![listener], profile, share, &services)).unwrap();
+        let (setup, addr, services) = prepare(endpoints, change);
+        let handle = spawn(setup).unwrap();
         Forwarder { addr, handle, services }
     }
 
@@ -83,6 +66,33 @@ impl Forwarder {
 }
 
 use crate::op::CloseReason;
+
+/// What a worker needs that forwards to `endpoints`, and where it will listen.
+fn prepare(
+    endpoints: Vec<SocketAddr>,
+    change: impl FnOnce(&mut Profile, &mut Share),
+) -> (Setup, SocketAddr, Directory) {
+    let mut profile = small_profile();
+    let mut share = SHARE;
+    change(&mut profile, &mut share);
+    let options = ListenOptions { backlog: 1024, nodelay: true, ..ListenOptions::default() };
+    let fd = socket::listen("127.0.0.1:0".parse().unwrap(), &options).unwrap();
+    let addr = socket::local_name(fd.as_fd()).unwrap();
+    let endpoints = endpoints.into_iter().map(Endpoint::new).collect();
+    let mut services = Directory::default();
+    let manner = Manner::of(Balance::RoundRobin);
+    let id = services.set("test", manner, endpoints, Instant::now());
+    let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
+    let listener = Listener {
+        fd,
+        name: "test".into(),
+        place: Arc::default(),
+        proxy_protocol: ProxyProtocol::Off,
+        route,
+        workload: Arc::default(),
+    };
+    (setup(vec![listener], profile, share, &services), addr, services)
+}
 
 fn setup(listeners: Vec<Listener>, profile: Profile, share: Share, services: &Directory) -> Setup {
     Setup {

@@ -73,7 +73,7 @@ impl Worker {
         self.ring.finish()
     }
 
-    fn turn(&mut self) -> Result<(), RingError> {
+    pub(super) fn turn(&mut self) -> Result<(), RingError> {
         let patience = self.patience();
         self.ring.turn(patience, &mut self.batch)?;
         self.clock.read();

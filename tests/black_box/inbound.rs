@@ -3,12 +3,12 @@
 
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::scope;
 
 use nix::sys::signal::Signal;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::harness::{
     Net, PATIENCE, Place, Weir, check, config_file, echo, expect_reset, said, send, until, weir,
@@ -358,6 +358,73 @@ fn connections_made_by_cookie_are_taken() {
     assert_eq!(weir.opened(), 2);
     drop(app);
     weir.end(&net);
+}
+
+/// RS5: twenty thousand SYNs of nobody fill no queue for good: who means it is served meanwhile.
+#[test]
+fn flood_of_syns_keeps_nobody_out() {
+    const SYNS: u32 = 20_000;
+    let net = prepared();
+    net.set(Place::Node, "net.ipv4.tcp_syncookies=1");
+    net.set(Place::Node, "net.ipv4.tcp_max_syn_backlog=64");
+    echo(net.listen(Place::Node, "[::]:80"));
+    let profile = "summary: a test\ninclude: balanced\nlimits: { backlog: 64 }\n";
+    let place = tempfile::TempDir::new().unwrap();
+    let file = place.path().join("small.yaml");
+    std::fs::write(&file, profile).unwrap();
+    let weir = Weir::run(&net, &format!("workers: 1\nprofile: {}\ninbound: {{}}", file.display()));
+    let shared: &Net = &net;
+    scope(|scope| {
+        let flood = scope.spawn(|| shared.within(Place::Client, || flood(SYNS)));
+        let mut served = 0;
+        while !flood.is_finished() || served < 10 {
+            let mut client = shared.connect(Place::Client, "10.98.1.1:80");
+            send(&mut client, served, 1000).unwrap();
+            check(&mut client, served, 1000);
+            served += 1;
+        }
+    });
+    let cookies = net.run(Place::Node, &["nstat", "-asz", "TcpExtSyncookiesSent"]);
+    let sent = cookies.lines().last().and_then(|line| line.split_whitespace().nth(1));
+    assert!(sent.is_some_and(|sent| sent != "0"), "the queue was never full: {cookies}");
+    weir.end(&net);
+}
+
+/// 10.98.1.100 and up.
+const FLOODED: u32 = 0x0a62_0164;
+/// `IPPROTO_TCP`, as the header has it.
+const TCP: u8 = 6;
+
+/// SYNs to 10.98.1.1:80 from addresses of the client's own network that nobody has.
+fn flood(count: u32) {
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP));
+    let socket = socket.unwrap();
+    socket.set_header_included_v4(true).unwrap();
+    let to = SocketAddr::from(([10, 98, 1, 1], 0));
+    for number in 0..count {
+        let from = Ipv4Addr::from(FLOODED + number % 100);
+        let _ = socket.send_to(&syn(from, Ipv4Addr::new(10, 98, 1, 1), number), &to.into());
+    }
+}
+
+/// A SYN to port 80 (RFC 791, RFC 9293); the kernel fills in the sum of the IP header.
+fn syn(from: Ipv4Addr, to: Ipv4Addr, number: u32) -> [u8; 40] {
+    let mut packet = [0; 40];
+    packet[0] = 0x45;
+    packet[2..4].copy_from_slice(&40u16.to_be_bytes());
+    packet[8..10].copy_from_slice(&[64, TCP]);
+    packet[12..16].copy_from_slice(&from.octets());
+    packet[16..20].copy_from_slice(&to.octets());
+    packet[20..22].copy_from_slice(&(1024 + number / 100 % 60_000).to_be_bytes()[2..]);
+    packet[22..24].copy_from_slice(&80u16.to_be_bytes());
+    packet[24..28].copy_from_slice(&number.to_be_bytes());
+    packet[32..36].copy_from_slice(&[0x50, 0x02, 0xff, 0xff]);
+    let pseudo = packet[12..].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = pseudo.sum::<u32>() + u32::from(TCP) + 20;
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = !((sum & 0xffff) + (sum >> 16));
+    packet[36..38].copy_from_slice(&sum.to_be_bytes()[2..]);
+    packet
 }
 
 /// Under load nothing is tracked, bulk and short connections alike.
