@@ -14,17 +14,17 @@
 #![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use callbacks::Callbacks;
 use guard::Guard;
 use legs::Legs;
 use refusal::{Failure, Text};
-use socket::{Held, Socket};
+use socket::{Held, Socket, Wanted};
 use speech::{Mark, Reading};
 
 use crate::metrics::Outcome;
 use crate::op::{CloseReason, Completion, Errno, FlowId, Op, Segment, Side};
-use crate::profile::Profile;
 use crate::service::{EndpointId, Picker};
 use crate::wire::Stop;
 use crate::wire::detect::Protocol;
@@ -32,8 +32,11 @@ use crate::wire::detect::Protocol;
 pub use legs::Line;
 pub use naming::{Guest, guest};
 pub use pieces::{Pieces, Queue};
+pub use rules::Rules;
 
 mod answers;
+mod callbacks;
+mod ending;
 mod guard;
 mod legs;
 mod losses;
@@ -41,6 +44,7 @@ mod naming;
 mod pieces;
 mod refusal;
 mod requests;
+mod rules;
 #[cfg(test)]
 #[expect(
     clippy::cast_possible_truncation,
@@ -60,8 +64,7 @@ pub struct Exchange {
     active: u32,
     /// Requests without an answer, in the order in which they came.
     asked: VecDeque<Asked>,
-    /// What upstreams have asked of the downstream.
-    callbacks: Vec<(u64, usize)>,
+    callbacks: Callbacks,
     client: Socket,
     drains: bool,
     /// Requests in `asked` that have failed.
@@ -73,6 +76,8 @@ pub struct Exchange {
     guard: Option<Box<Guard>>,
     /// Something of the downstream is waiting for its rest since then.
     hanging: Option<u32>,
+    /// The downstream has said that it asks no more.
+    has_asked_last: bool,
     /// What comes next may be no request: that depends on an answer.
     is_held: bool,
     /// No request is taken any more: once all is said, it ends.
@@ -86,6 +91,8 @@ pub struct Exchange {
     state: State,
     /// Where the rest of the frame goes that is being read; `None` for nowhere.
     to: Option<usize>,
+    /// That frame is the last of `asked`.
+    uploads: bool,
 }
 
 /// A request without an answer.
@@ -96,6 +103,8 @@ struct Asked {
     failure: Option<Failure>,
     leg: usize,
     mark: Mark,
+    /// For its answer, from its own last byte on.
+    span: Option<u32>,
     /// Bytes that went into its leg before it.
     starts_at: u64,
 }
@@ -104,30 +113,9 @@ struct Asked {
 enum State {
     Closed(CloseReason),
     Closing(CloseReason),
+    /// All was said; the downstream has not ended yet.
+    Lingering,
     Living,
-}
-
-/// What every exchange of a worker goes by. Times are ticks.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Rules {
-    /// A leg that has not come about by then is given up.
-    pub connect: u32,
-    /// From the first byte of a request's head to its last.
-    pub head: u32,
-    /// Of silence with nothing asked; `None` for never.
-    pub idle: Option<u32>,
-    /// A leg without requests is closed after it.
-    pub leg_idle: u32,
-    /// Pieces held of what one socket has brought, and at most that many waiting for one socket.
-    pub pieces_max: u32,
-    /// For an answer, where the request does not say; `None` for never.
-    pub request: Option<u32>,
-    /// How long a tick is.
-    pub tick_ms: u32,
-    /// An answer up to this size is passed on in one go.
-    pub whole_bytes_max: u32,
-    /// Bytes held of what one socket has brought.
-    pub window_bytes: u32,
 }
 
 /// What an exchange needs done while it thinks.
@@ -179,33 +167,6 @@ pub struct Wish {
     pub slot: FlowId,
 }
 
-impl Rules {
-    /// As the profile says, with ticks of `tick`.
-    #[must_use]
-    pub fn new(profile: &Profile, tick: Duration) -> Rules {
-        let Profile { buffers, relay, timeouts, .. } = profile;
-        let ticks = |span: Duration| {
-            let ticks = span.as_millis().div_ceil(tick.as_millis().max(1));
-            u32::try_from(ticks).unwrap_or(TICKS_MAX).clamp(1, TICKS_MAX)
-        };
-        let pieces_max = u32::from(relay.segments_max).max(8);
-        // What waits for its rest must leave room for the rest, however it comes.
-        let whole =
-            (relay.window_bytes / 4).min(buffers.small_bytes.saturating_mul(pieces_max / 8));
-        Rules {
-            connect: ticks(timeouts.connect),
-            head: ticks(HEAD_WITHIN),
-            idle: (!timeouts.idle.is_zero()).then(|| ticks(timeouts.idle)),
-            leg_idle: ticks(LEG_IDLE),
-            pieces_max,
-            request: (!timeouts.request.is_zero()).then(|| ticks(timeouts.request)),
-            tick_ms: u32::try_from(tick.as_millis()).unwrap_or(1).max(1),
-            whole_bytes_max: whole.min(WHOLE_BYTES_MAX),
-            window_bytes: relay.window_bytes,
-        }
-    }
-}
-
 impl Exchange {
     /// A downstream in slot `head` that speaks `protocol`; `key` is the hash of its address. A `spent`
     /// exchange lends its memory.
@@ -227,6 +188,7 @@ impl Exchange {
             floor: None,
             guard: (protocol == Protocol::Http2).then(Box::default),
             hanging: None,
+            has_asked_last: false,
             head,
             is_held: false,
             is_last: false,
@@ -237,6 +199,7 @@ impl Exchange {
             reading: Reading::Between,
             state: State::Living,
             to: None,
+            uploads: false,
         };
         exchange.asked.clear();
         exchange.callbacks.clear();
@@ -267,10 +230,14 @@ impl Exchange {
     }
 
     fn go_on<H: Host>(&mut self, taken: Result<(), CloseReason>, means: &mut Means<'_, H>) {
-        if self.state == State::Living
-            && let Err(reason) = taken.and_then(|()| self.turn(means))
-        {
-            self.close(reason, means);
+        match self.state {
+            State::Living => match taken.and_then(|()| self.turn(means)) {
+                Ok(()) => {}
+                Err(CloseReason::Finished) if !self.client.has_ended() => self.linger(means),
+                Err(reason) => self.close(reason, means),
+            },
+            State::Lingering => self.go_on_lingering(taken, means),
+            State::Closing(_) | State::Closed(_) => {}
         }
         self.finish_closing(means);
     }
@@ -318,6 +285,7 @@ impl Exchange {
                 side == Side::Downstream
             }
             Completion::Sent { from, .. } => from == Side::Upstream,
+            Completion::ShutDown { side, .. } => side == Side::Downstream,
             Completion::Connected(_) => false,
             _ => return None,
         };
@@ -359,6 +327,10 @@ impl Exchange {
                 self.client.sent(bytes.unwrap_or(0), means.pieces);
                 means.host.moved(Side::Upstream, bytes.map_err(|_| gone)?);
             }
+            Completion::ShutDown { result, .. } => {
+                self.client.finished();
+                result.map_err(|_| gone)?;
+            }
             _ => self.client.feed(),
         }
         Ok(())
@@ -372,6 +344,7 @@ impl Exchange {
     ) -> Result<(), CloseReason> {
         match completion {
             Completion::Expelled(reason) => Err(reason),
+            Completion::Expired(_) if self.state == State::Lingering => Err(CloseReason::Finished),
             Completion::Expired(_) => self.expire(means),
             _ => Ok(()),
         }
@@ -400,8 +373,12 @@ impl Exchange {
         let is_flushed = self.client.is_flushed();
         let is_over = match self.reading {
             _ if self.guard.is_some() => self.client.has_ended(),
-            Reading::Rest => self.client.has_ended(),
-            Reading::Between if self.client.has_ended() => is_idle,
+            // What nobody understands is answered, after all before it.
+            Reading::Rest => self.client.has_ended() && self.to.is_some(),
+            // What is there is taken, unless its rest will never come.
+            Reading::Between if self.client.has_ended() => {
+                is_idle && (self.client.inbox.is_empty() || self.hanging.is_some())
+            }
             Reading::Between => self.drains && is_idle && self.client.inbox.is_empty(),
             _ => false,
         };
@@ -414,46 +391,30 @@ impl Exchange {
         for (_, leg) in self.legs.iter() {
             held = held.and(leg.socket.outbox);
         }
-        let ops = self.client.next(held, means.rules);
+        let pieces_max = means.rules.pieces_max;
+        let ops = self.client.next(held, Wanted { bytes: self.needed, pieces_max }, means);
         ops.into_iter().flatten().for_each(|op| means.wish(self.head, op));
         for (_, leg) in self.legs.iter_mut().filter(|(_, leg)| leg.is_open()) {
             let held = Held::default().and(self.client.outbox).and(leg.socket.inbox);
-            let ops = leg.socket.next(held, means.rules);
+            let pieces_max = if leg.has_to_wait() { WAITING_MAX } else { pieces_max };
+            let wanted = Wanted { bytes: leg.needed, pieces_max };
+            let ops = leg.socket.next(held, wanted, means);
             ops.into_iter().flatten().for_each(|op| means.wish(leg.slot, op));
         }
     }
 
-    /// Frames of our own for the downstream; only between two others.
-    fn say<H: Host>(&mut self, text: Text, means: &mut Means<'_, H>) -> Result<(), CloseReason> {
-        let segment = means.host.write(text.as_bytes()).ok_or(CloseReason::LocalLimit)?;
-        self.client.outbox.take_in(segment, means.pieces)
+    /// Frames of our own for the downstream, only between two others; false if that must wait.
+    fn say<H: Host>(&mut self, text: Text, means: &mut Means<'_, H>) -> bool {
+        let has_said = means.say(text, &mut self.client.outbox);
+        if !has_said {
+            self.look_again(means);
+        }
+        has_said
     }
 
-    /// Ends the exchange: with a reset on all sides, unless all was said.
-    fn close<H: Host>(&mut self, reason: CloseReason, means: &mut Means<'_, H>) {
-        self.state = State::Closing(reason);
-        let cancels = self.client.cancels();
-        cancels.into_iter().flatten().for_each(|op| means.wish(self.head, op));
-        for (_, leg) in self.legs.iter_mut() {
-            leg.begin_close(false, means);
-        }
-        for asked in self.asked.drain(..) {
-            means.picker.ended(asked.endpoint);
-        }
-    }
-
-    fn finish_closing<H: Host>(&mut self, means: &mut Means<'_, H>) {
-        let State::Closing(reason) = self.state else { return };
-        let reset = reason != CloseReason::Finished;
-        for index in 0..self.legs.len() {
-            self.legs.close_quiet(index, reset, means);
-        }
-        if !self.legs.is_empty() || !self.client.is_quiet() {
-            return;
-        }
-        self.client.clear(means.pieces);
-        means.wish(self.head, Op::Close { side: Side::Downstream, reset });
-        self.state = State::Closed(reason);
+    /// Others have what is needed now: it will be free soon.
+    fn look_again<H: Host>(&mut self, means: &Means<'_, H>) {
+        self.set_alarm(means.now.wrapping_add(1));
     }
 
     /// The leg that has got a part of a request, and waits for the rest.
@@ -481,6 +442,16 @@ impl<H: Host> Means<'_, H> {
         self.wishes.push(Wish { op, slot });
     }
 
+    /// Puts a frame of our own behind what waits in `queue`; false if there is no room for it now, or
+    /// enough waits there already: what one reader does not read must not be missing elsewhere.
+    fn say(&mut self, text: Text, queue: &mut Queue) -> bool {
+        if queue.count() >= SAYS_BEHIND_MAX || !self.pieces.can_divide() {
+            return false;
+        }
+        let segment = self.host.write(text.as_bytes());
+        segment.is_some_and(|segment| queue.take_in(segment, self.pieces).is_ok())
+    }
+
     /// Reads what stands at the front of `queue`; `parse` sees as much of it as it needs.
     fn read<T>(
         &mut self,
@@ -490,7 +461,7 @@ impl<H: Host> Means<'_, H> {
         let front = self.pieces.front(queue).ok_or(Stop::NeedMore(1))?;
         let first = parse(self.host.bytes(front), self.picker);
         let Err(Stop::NeedMore(needed)) = first else { return first };
-        if needed > self.scratch.len() {
+        if needed > self.scratch.len().min(self.rules.window_bytes as usize) {
             return Err(Stop::Bad("a head too long"));
         }
         if (queue.bytes() as usize) < needed || queue.count() < 2 {
@@ -545,16 +516,14 @@ const fn sent(result: Result<u32, Errno>) -> Result<u32, Errno> {
     }
 }
 
-/// From the first byte of a request to the last that says where it goes.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
-/// Below the 90 s after which a Bolt server closes.
-const LEG_IDLE: Duration = Duration::from_secs(60);
+/// Our own words are said only where fewer pieces than that wait.
+const SAYS_BEHIND_MAX: u32 = 8;
+/// Pieces held of a leg whose frames cannot go on: whoever keeps it waiting needs some too.
+const WAITING_MAX: u32 = 4;
 /// The leg of a request that has failed.
 const NOWHERE: usize = usize::MAX;
 /// A year: keeps differences of ticks well inside an `i32`.
 const TICKS_MAX: u32 = 365 * 24 * 3600 / 16 * 1000;
-/// An answer that is passed on whole cannot keep others waiting, nor break in the middle.
-const WHOLE_BYTES_MAX: u32 = 64 * 1024;
 // errno(3); the same on every architecture that Linux runs io_uring on.
 const EAGAIN: i32 = 11;
 const ECANCELED: i32 = 125;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From the legs to the downstream: whole frames, one after the other.
 
-use super::refusal::{Failure, heartbeat, refusal};
+use super::callbacks::Turn;
+use super::refusal::{Failure, Text, heartbeat, refusal};
 use super::speech::{self, Extent, Mark, Reading, Reply, ReplyKind};
 use super::{Exchange, Host, Means};
 use crate::metrics::Outcome;
@@ -17,7 +18,7 @@ impl Exchange {
     ) -> Result<bool, CloseReason> {
         let mut has_moved = false;
         loop {
-            let mut moved = self.refuse(means)?;
+            let mut moved = self.refuse(means);
             for index in 0..self.legs.len() {
                 moved |= self.hear(index, means)?;
             }
@@ -34,19 +35,23 @@ impl Exchange {
     }
 
     /// Tells of a request that failed, when it is its turn.
-    fn refuse<H: Host>(&mut self, means: &mut Means<'_, H>) -> Result<bool, CloseReason> {
+    fn refuse<H: Host>(&mut self, means: &mut Means<'_, H>) -> bool {
         if self.failures == 0 || self.floor.is_some() || self.is_last {
-            return Ok(false);
+            return false;
         }
         let at = self.asked.iter().position(|asked| asked.failure.is_some());
-        let Some(at) = at.filter(|at| *at == 0 || !self.is_ordered()) else { return Ok(false) };
-        let Some(asked) = self.asked.remove(at) else { return Ok(false) };
-        let Some(failure) = asked.failure else { return Ok(false) };
+        let Some(at) = at.filter(|at| *at == 0 || !self.is_ordered()) else { return false };
+        let asked = self.asked.get(at).and_then(|asked| Some((asked.mark, asked.failure?)));
+        let Some((mark, failure)) = asked else { return false };
+        if !self.say(refusal(self.protocol, mark, failure), means) {
+            return false;
+        }
+        self.asked.remove(at);
         self.failures -= 1;
         means.host.count(failure.outcome());
-        self.is_last = self.is_ordered() && (asked.mark.closes || failure == Failure::Bad);
-        self.say(refusal(self.protocol, asked.mark, failure), means)?;
-        Ok(true)
+        let is_last = mark.closes || mark.expects || failure == Failure::Bad;
+        self.is_last = self.is_ordered() && is_last;
+        true
     }
 
     /// What one leg has said.
@@ -119,7 +124,6 @@ impl Exchange {
     ) -> Result<bool, CloseReason> {
         let floor = self.floor;
         let is_ordered = self.is_ordered();
-        let is_amid = self.amid() == Some(index);
         let answered = match reply.kind {
             ReplyKind::Answer(_) if is_ordered => Some(0),
             ReplyKind::Open => Some(0),
@@ -131,9 +135,16 @@ impl Exchange {
         let says = match reply.kind {
             // Nobody waits for it any more.
             ReplyKind::Answer(_) => answered.is_some(),
-            ReplyKind::Heartbeat(_) if is_amid => return Ok(false),
-            ReplyKind::Heartbeat(_) | ReplyKind::Nothing => false,
-            ReplyKind::Before | ReplyKind::Callback(_) | ReplyKind::Open => true,
+            ReplyKind::Heartbeat(mark) => {
+                if !self.tell_leg(index, heartbeat(self.protocol, mark), means) {
+                    return Ok(false);
+                }
+                false
+            }
+            ReplyKind::Nothing => false,
+            ReplyKind::Before | ReplyKind::Callback(_) | ReplyKind::Open | ReplyKind::Push(_) => {
+                true
+            }
         };
         let Some(leg) = self.legs.get_mut(index) else { return Ok(false) };
         if says {
@@ -148,15 +159,22 @@ impl Exchange {
                 leg.needed = if is_cut { whole } else { 0 };
                 return Ok(false);
             }
+            if let ReplyKind::Callback(mark) = reply.kind {
+                let turn = self.callbacks.ask(mark.id, index);
+                if turn != Turn::Yours {
+                    return Ok(self.put_off((index, turn), mark, reply.extent, means));
+                }
+            }
             self.floor = Some(index);
         }
+        let Some(leg) = self.legs.get_mut(index) else { return Ok(false) };
         leg.needed = 0;
         leg.closes |= reply.closes;
         (leg.reading, leg.says) = (Reading::of(reply.extent), says);
         if let Some(span) = means.rules.request.filter(|_| says) {
             self.set_alarm(means.now.wrapping_add(span));
         }
-        self.note(index, reply.kind, answered, means)?;
+        self.note(index, reply.kind, answered, means);
         Ok(true)
     }
 
@@ -167,52 +185,76 @@ impl Exchange {
         kind: ReplyKind,
         answered: Option<usize>,
         means: &mut Means<'_, H>,
-    ) -> Result<(), CloseReason> {
+    ) {
         if let Some(asked) = answered.and_then(|at| self.asked.remove(at)) {
             means.picker.ended(asked.endpoint);
             means.host.count(Outcome::Answered);
             self.is_held &= !asked.mark.may_open;
             self.failures -= usize::from(asked.failure.is_some());
             if let Some(leg) = self.legs.get_mut(index) {
-                (leg.ends_all, leg.timeouts) = (self.protocol == Protocol::Http1 && leg.closes, 0);
+                let is_last = leg.closes || asked.mark.closes;
+                leg.ends_all = self.protocol == Protocol::Http1 && is_last;
+                leg.timeouts = 0;
                 leg.waiting = leg.waiting.saturating_sub(1);
                 leg.used_at = means.now;
             }
         }
-        match kind {
-            ReplyKind::Callback(id) => self.remember(id, index),
-            ReplyKind::Open => {
-                (self.reading, self.to) = (Reading::Rest, Some(index));
-                Ok(())
+        match (kind, self.legs.get_mut(index)) {
+            (ReplyKind::Callback(mark) | ReplyKind::Push(mark), Some(leg)) => {
+                (leg.channel, leg.blocked_since) = (Some(mark), None);
             }
-            ReplyKind::Heartbeat(mark) => self.answer_leg(index, mark, means),
-            _ => Ok(()),
+            (ReplyKind::Open, Some(leg)) => {
+                leg.ends_all = false;
+                (self.reading, self.to) = (Reading::Rest, Some(index));
+            }
+            _ => {}
         }
     }
 
-    /// The downstream's answer to what this leg asks goes back there. Two legs that ask under the same
-    /// id at once could not be told apart.
-    fn remember(&mut self, id: u64, index: usize) -> Result<(), CloseReason> {
-        self.callbacks.retain(|(other, leg)| *other != id || *leg != index);
-        let is_known = self.callbacks.iter().any(|(other, _)| *other == id);
-        if is_known || self.callbacks.len() >= CALLBACKS_MAX {
-            return Err(CloseReason::ProtocolError);
+    /// What a leg asks could not be told from what another one has asked: it waits until that was
+    /// answered, but not for long, because whatever is behind it waits too. True if it goes on.
+    fn put_off<H: Host>(
+        &mut self,
+        (index, turn): (usize, Turn),
+        mark: Mark,
+        extent: Extent,
+        means: &mut Means<'_, H>,
+    ) -> bool {
+        let Some(leg) = self.legs.get_mut(index) else { return false };
+        let until = leg.blocked_since.get_or_insert(means.now).wrapping_add(means.rules.callback);
+        if turn == Turn::Taken && until.wrapping_sub(means.now).cast_signed() > 0 {
+            self.set_alarm(until);
+            return false;
         }
-        self.callbacks.push((id, index));
-        Ok(())
+        let is_broken = leg.is_broken; // Nobody would read it.
+        let text = refusal(self.protocol, mark, Failure::Overload);
+        if !is_broken && !self.tell_leg(index, text, means) {
+            return false;
+        }
+        if let Some(leg) = self.legs.get_mut(index) {
+            (leg.reading, leg.says, leg.needed) = (Reading::of(extent), false, 0);
+            leg.blocked_since = None;
+        }
+        true
     }
 
-    fn answer_leg<H: Host>(
+    /// A frame of our own for a leg, only between two others; false if that must wait.
+    pub(super) fn tell_leg<H: Host>(
         &mut self,
         index: usize,
-        mark: Mark,
+        text: Text,
         means: &mut Means<'_, H>,
-    ) -> Result<(), CloseReason> {
-        let text = heartbeat(self.protocol, mark);
-        let segment = means.host.write(text.as_bytes()).ok_or(CloseReason::LocalLimit)?;
-        let Some(leg) = self.legs.get_mut(index) else { return Ok(()) };
-        leg.taken += u64::from(segment.len);
-        leg.socket.outbox.take_in(segment, means.pieces)
+    ) -> bool {
+        let is_amid = self.amid() == Some(index);
+        let Some(leg) = self.legs.get_mut(index).filter(|_| !is_amid) else { return false };
+        let before = leg.socket.outbox.bytes();
+        leg.tie();
+        let has_said = means.say(text, &mut leg.socket.outbox);
+        leg.taken += u64::from(leg.socket.outbox.bytes() - before);
+        if !has_said {
+            self.look_again(means);
+        }
+        has_said
     }
 
     /// What comes now belongs to the leg's frame that has begun.
@@ -223,10 +265,16 @@ impl Exchange {
     ) -> Result<bool, CloseReason> {
         let Some(leg) = self.legs.get_mut(index) else { return Ok(false) };
         let Some(front) = means.pieces.front(leg.socket.inbox) else { return Ok(false) };
-        let Ok(eaten) = leg.reading.eat(means.host.bytes(front)) else {
+        let mut reading = leg.reading;
+        let Ok(eaten) = reading.eat(means.host.bytes(front)) else {
             self.lose(index, Failure::Broken, means)?;
             return Ok(false);
         };
+        if eaten < front.len && !means.pieces.can_divide() {
+            self.look_again(means);
+            return Ok(false);
+        }
+        leg.reading = reading;
         leg.used_at = means.now;
         if !leg.says {
             means.pieces.advance(&mut leg.socket.inbox, eaten);
@@ -238,8 +286,20 @@ impl Exchange {
             if self.floor == Some(index) {
                 self.floor = None;
             }
+            self.begin_turn(index, means);
         }
         Ok(true)
+    }
+}
+
+impl Exchange {
+    /// In HTTP the time for a leg's next answer begins where the one before it ends.
+    fn begin_turn<H: Host>(&mut self, index: usize, means: &Means<'_, H>) {
+        if self.is_ordered()
+            && let Some(next) = self.asked.iter_mut().find(|asked| asked.leg == index)
+        {
+            next.due = next.span.map(|span| means.now.wrapping_add(span));
+        }
     }
 }
 
@@ -255,6 +315,3 @@ impl Failure {
         }
     }
 }
-
-/// What upstreams may ask of one downstream at a time.
-const CALLBACKS_MAX: usize = 64;

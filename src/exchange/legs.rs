@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use super::refusal::Failure;
 use super::socket::Socket;
-use super::speech::Reading;
+use super::speech::{Mark, Reading};
 use super::{EAGAIN, ECANCELED, EINTR, ENOBUFS, Exchange, Host, Means, sent};
 use crate::op::{CloseReason, Completion, Errno, FlowId, Op, Side};
 use crate::service::{EndpointId, Pick, ServiceId};
@@ -16,6 +16,10 @@ use crate::service::{EndpointId, Pick, ServiceId};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Leg {
     addr: SocketAddr,
+    /// What it asks must wait, since then.
+    pub(super) blocked_since: Option<u32>,
+    /// How it has last spoken of its own accord: whoever does may do it again.
+    pub(super) channel: Option<Mark>,
     /// When it must be connected, at the latest.
     due: u32,
     /// It takes no more requests.
@@ -26,7 +30,7 @@ pub(super) struct Leg {
     heard: u64,
     /// Counted as open at it, as long as the leg lives.
     holds: EndpointId,
-    is_broken: bool,
+    pub(super) is_broken: bool,
     /// What its inbox begins with is not complete.
     pub(super) is_cut: bool,
     /// Bytes that must be there before it is worth looking at its inbox again.
@@ -43,6 +47,8 @@ pub(super) struct Leg {
     state: State,
     /// Bytes that ever went into its outbox.
     pub(super) taken: u64,
+    /// What went in then and last is for this connection, and no other.
+    tied_at: Option<u64>,
     /// Answers that did not come in time, in a row.
     pub(super) timeouts: u8,
     pub(super) used_at: u32,
@@ -109,8 +115,23 @@ impl Leg {
         self.waiting == 0 && self.reading == Reading::Between && self.socket.is_flushed()
     }
 
+    /// Its next frame is there, and it is not its turn.
+    pub(super) fn has_to_wait(&self) -> bool {
+        self.reading == Reading::Between && !self.socket.inbox.is_empty() && !self.is_cut
+    }
+
     pub(super) const fn due(&self) -> u32 {
         self.due
+    }
+
+    /// What goes in next must not go elsewhere.
+    pub(super) const fn tie(&mut self) {
+        self.tied_at = Some(self.taken);
+    }
+
+    /// What waits in its outbox from there on means the same to any endpoint.
+    pub(super) fn is_free_from(&self, at: u64) -> bool {
+        self.tied_at.is_none_or(|tied| tied < at)
     }
 
     /// Where it is tried again, another endpoint is left to try.
@@ -147,10 +168,11 @@ impl Exchange {
             let amid = self.amid();
             let idle = self
                 .legs
-                .iter_mut()
+                .iter()
                 .filter(|(index, leg)| leg.is_open() && leg.is_idle() && Some(*index) != amid);
-            if let Some((_, leg)) = idle.min_by_key(|(_, leg)| leg.used_at) {
-                leg.begin_close(false, means);
+            let idle = idle.min_by_key(|(_, leg)| (leg.channel.is_some(), leg.used_at));
+            if let Some(index) = idle.map(|(index, _)| index) {
+                self.close_leg(index, false, means);
             }
         }
         let index = self.legs.vacancy()?;
@@ -158,6 +180,8 @@ impl Exchange {
         let slot = if is_own { self.head } else { means.host.slot(self.head)? };
         let mut leg = Leg {
             addr: pick.addr,
+            blocked_since: None,
+            channel: None,
             closes: false,
             due: 0,
             endpoint: pick.endpoint,
@@ -176,6 +200,7 @@ impl Exchange {
             socket: Socket::new(Side::Upstream),
             state: State::Dialling,
             taken: 0,
+            tied_at: None,
             timeouts: 0,
             used_at: means.now,
             waiting: 0,
@@ -282,6 +307,19 @@ impl Exchange {
         Ok(changed)
     }
 
+    /// Ends a leg; with `again` what it has not sent goes to another endpoint.
+    pub(super) fn close_leg<H: Host>(
+        &mut self,
+        index: usize,
+        again: bool,
+        means: &mut Means<'_, H>,
+    ) {
+        self.callbacks.leave(index);
+        if let Some(leg) = self.legs.get_mut(index) {
+            leg.begin_close(again, means);
+        }
+    }
+
     fn tend<H: Host>(
         &mut self,
         index: usize,
@@ -299,12 +337,14 @@ impl Exchange {
                 // The end of the answer is the end of the connection, on both sides.
                 self.is_last = true;
                 self.floor = None;
-                leg.begin_close(false, means);
+                self.close_leg(index, false, means);
             }
-            (true, _) if leg.waiting == 0 && is_free && !is_amid => leg.begin_close(false, means),
+            (true, _) if leg.waiting == 0 && is_free && !is_amid => {
+                self.close_leg(index, false, means);
+            }
             (true, _) => self.lose(index, Failure::Broken, means)?,
             (false, _) if leg.closes && leg.is_idle() && is_free && !is_amid => {
-                leg.begin_close(false, means);
+                self.close_leg(index, false, means);
             }
             _ => return Ok(false),
         }
@@ -433,6 +473,7 @@ impl Legs {
         means.pieces.clear(&mut leg.socket.inbox);
         if again {
             (leg.closes, leg.is_broken, leg.is_cut, leg.needed) = (false, false, false, 0);
+            (leg.blocked_since, leg.channel) = (None, None);
             leg.socket = leg.socket.anew();
             return true;
         }

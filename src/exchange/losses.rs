@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Legs that break, answers that do not come in time, and who has to be told.
 
-use super::refusal::Failure;
+use super::refusal::{Failure, probe};
 use super::speech::Reading;
 use super::{Exchange, Host, Means, NOWHERE};
 use crate::op::CloseReason;
@@ -31,26 +31,24 @@ impl Exchange {
             asked.leg == index && asked.failure.is_none() && asked.starts_at >= sent
         };
         let first = self.asked.iter().find(|asked| is_fresh(asked)).map(|asked| asked.starts_at);
-        let holds = if was_dialling { Some(sent) } else { first.filter(|_| !is_amid && is_known) };
+        let first = first.filter(|first| !is_amid && is_known && leg.is_free_from(*first));
+        let holds = if was_dialling { Some(sent) } else { first };
         let Some(kept_from) = holds.filter(|_| may_redial) else {
             if failure != Failure::Timeout {
                 self.note_broken(index, was_dialling, endpoint, means);
             }
             self.fail_leg(index, failure, means);
-            if let Some(leg) = self.legs.get_mut(index) {
-                leg.begin_close(false, means);
-            }
+            self.close_leg(index, false, means);
             return Ok(());
         };
         self.note_broken(index, was_dialling, endpoint, means);
         self.fail_if(index, failure, |asked| asked.starts_at < kept_from, means);
-        self.callbacks.retain(|(_, leg)| *leg != index);
         if let Some(leg) = self.legs.get_mut(index) {
             let gone = u32::try_from(kept_from - leg.sent).unwrap_or(u32::MAX);
             means.pieces.advance(&mut leg.socket.outbox, gone);
             (leg.sent, leg.reading, leg.says) = (kept_from, Reading::Between, false);
-            leg.begin_close(true, means);
         }
+        self.close_leg(index, true, means);
         Ok(())
     }
 
@@ -79,9 +77,9 @@ impl Exchange {
         means: &mut Means<'_, H>,
     ) {
         self.fail_if(index, failure, |_| true, means);
-        self.callbacks.retain(|(_, leg)| *leg != index);
+        self.callbacks.leave(index);
         if self.to == Some(index) {
-            self.to = None;
+            (self.to, self.uploads) = (None, false);
         }
     }
 
@@ -115,16 +113,16 @@ impl Exchange {
         self.expire_requests(is_over, means)?;
         self.expire_legs(is_over, means)?;
         // Who is not listened to, or has said enough, is not late.
-        if !self.client.is_receiving() || self.client.inbox.bytes() >= self.needed {
-            self.hanging = self.hanging.map(|_| now);
-        }
+        let is_heard = self.client.inbox.bytes() >= self.needed;
+        let since = self.client.listens_since().filter(|_| !is_heard).unwrap_or(now);
+        self.hanging = self.hanging.map(|hanging| later(hanging, since));
         let hanging = self.hanging.map(|since| since.wrapping_add(means.rules.head));
         let idle = means.rules.idle.map(|idle| self.active.wrapping_add(idle));
         if hanging.is_some_and(is_over) || idle.is_some_and(is_over) {
             return Err(CloseReason::IdleTimeout);
         }
         // Half a frame keeps everybody waiting; in HTTP nobody waits that would not have to anyway.
-        let stalled = self.floor_since().zip(means.rules.request);
+        let stalled = self.floor_since(now).zip(means.rules.request);
         let stalled = stalled.map(|(since, span)| since.wrapping_add(span));
         if stalled.is_some_and(is_over) {
             return Err(CloseReason::UpstreamReset);
@@ -144,11 +142,40 @@ impl Exchange {
         Ok(())
     }
 
-    /// When the leg whose frame is on its way has last said something.
-    fn floor_since(&mut self) -> Option<u32> {
+    /// When the leg whose frame is on its way has last said something, or is listened to since.
+    fn floor_since(&mut self, now: u32) -> Option<u32> {
         let is_shared = matches!(self.protocol, Protocol::Bolt | Protocol::Dubbo);
-        let leg = self.floor.filter(|_| is_shared)?;
-        self.legs.get_mut(leg).map(|leg| leg.used_at)
+        let leg = self.legs.get_mut(self.floor?)?;
+        if leg.socket.is_starved() {
+            return Some(leg.used_at); // Whoever waits for its turn may have the buffers.
+        }
+        if !is_shared {
+            return None;
+        }
+        let since = leg.socket.listens_since().filter(|_| leg.socket.inbox.is_empty());
+        Some(later(leg.used_at, since.unwrap_or(now)))
+    }
+
+    /// It is this request's turn, and its leg could say so, and does not.
+    fn is_late(&self, at: usize) -> bool {
+        let Some(asked) = self.asked.get(at) else { return false };
+        let Some((_, leg)) = self.legs.iter().find(|(index, _)| *index == asked.leg) else {
+            return false;
+        };
+        if !leg.is_open() {
+            return true;
+        }
+        let is_next = self.protocol != Protocol::Http1
+            || self.asked.iter().position(|other| other.leg == asked.leg) == Some(at);
+        let is_silent = !leg.has_to_wait();
+        let client = &self.client;
+        let waits_for_rest = self.uploads
+            && at + 1 == self.asked.len()
+            && client.inbox.is_empty()
+            && client.listens_since().is_some();
+        // Where there are no buffers, whoever waits must make room in the end.
+        let is_listened_to = leg.socket.listens_since().is_some() || leg.socket.is_starved();
+        is_next && leg.reading == Reading::Between && is_silent && is_listened_to && !waits_for_rest
     }
 
     fn expire_requests<H: Host>(
@@ -161,10 +188,16 @@ impl Exchange {
             if asked.failure.is_some() || !asked.due.is_some_and(&is_over) {
                 continue;
             }
-            let (index, mark) = (asked.leg, asked.mark);
-            let endpoint = asked.endpoint;
+            let (index, mark, endpoint) = (asked.leg, asked.mark, asked.endpoint);
+            if !self.is_late(at) {
+                if let Some(asked) = self.asked.get_mut(at) {
+                    asked.due = asked.span.map(|span| means.now.wrapping_add(span));
+                }
+                continue;
+            }
             let Some(leg) = self.legs.get_any(index) else { continue };
-            leg.timeouts = leg.timeouts.saturating_add(1);
+            let missed = u8::from(!leg.socket.is_starved());
+            leg.timeouts = leg.timeouts.saturating_add(missed);
             if leg.timeouts >= TIMEOUTS_MAX && means.picker.failed(endpoint, means.instant) {
                 means.host.ejected();
             }
@@ -193,11 +226,29 @@ impl Exchange {
                 }
                 self.lose(index, Failure::NoEndpoint, means)?;
             } else if leg.is_open() && leg.is_idle() && is_unused && !is_amid {
-                leg.begin_close(false, means);
+                self.leave_unused(index, means);
             }
         }
         Ok(())
     }
+}
+
+impl Exchange {
+    /// Nobody uses a leg; but one that speaks of its own accord is kept, and its server kept awake.
+    fn leave_unused<H: Host>(&mut self, index: usize, means: &mut Means<'_, H>) {
+        let channel = self.legs.get_mut(index).and_then(|leg| leg.channel);
+        let Some(mark) = channel else { return self.close_leg(index, false, means) };
+        if self.tell_leg(index, probe(self.protocol, mark), means)
+            && let Some(leg) = self.legs.get_mut(index)
+        {
+            leg.used_at = means.now;
+        }
+    }
+}
+
+/// The later of two ticks.
+const fn later(one: u32, other: u32) -> u32 {
+    if other.wrapping_sub(one).cast_signed() > 0 { other } else { one }
 }
 
 /// So many answers in a row that do not come in time put an endpoint out of use.

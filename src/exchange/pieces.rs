@@ -14,6 +14,10 @@ pub struct Pieces {
     /// Head of the list of those that nobody uses.
     free: u32,
     freed: Vec<BufferId>,
+    /// Buffers with a piece.
+    held: u32,
+    /// Entries that nobody uses.
+    left: u32,
     /// Pieces of each buffer.
     shares: Box<[u16]>,
 }
@@ -43,6 +47,8 @@ impl Pieces {
             entries: entries.collect(),
             free: 0,
             freed: Vec::with_capacity(usize::from(buffers)),
+            held: 0,
+            left: count,
             shares: vec![0; usize::from(buffers)].into_boxed_slice(),
         }
     }
@@ -58,7 +64,9 @@ impl Pieces {
         let Some(entry) = self.entries.get_mut(place as usize) else { return false };
         let share = self.shares.get_mut(usize::from(segment.buffer.0));
         let Some(share) = share.filter(|share| **share < u16::MAX) else { return false };
+        self.held += u32::from(*share == 0);
         *share += 1;
+        self.left -= 1;
         self.free = std::mem::replace(entry, Entry { next: place, segment }).next;
         if queue.count == 0 {
             queue.head = place;
@@ -69,6 +77,12 @@ impl Pieces {
         queue.count += 1;
         queue.bytes += segment.len;
         true
+    }
+
+    /// A piece may be divided: enough is left to take in every buffer that can still come.
+    #[must_use]
+    pub fn can_divide(&self) -> bool {
+        self.left as usize + self.held as usize > self.shares.len()
     }
 
     /// The last piece of `queue` now reaches over `len` bytes more, which were copied there.
@@ -154,6 +168,7 @@ impl Pieces {
             queue.head = std::mem::replace(&mut entry.next, self.free);
             queue.count -= 1;
             self.free = place;
+            self.left += 1;
             self.leave(buffer);
         }
     }
@@ -162,6 +177,7 @@ impl Pieces {
         let Some(share) = self.shares.get_mut(usize::from(buffer.0)) else { return };
         *share -= 1;
         if *share == 0 {
+            self.held -= 1;
             self.free(buffer);
         }
     }

@@ -61,8 +61,8 @@ pub(super) fn refusal(protocol: Protocol, mark: Mark, failure: Failure) -> Text 
             dubbo(HESSIAN2, dubbo_status(failure), mark.id, &[&[len], why])
         }
         _ => {
-            let close =
-                if mark.closes || failure == Failure::Bad { "Connection: close\r\n" } else { "" };
+            let is_last = mark.closes || mark.expects || failure == Failure::Bad;
+            let close = if is_last { "Connection: close\r\n" } else { "" };
             let parts =
                 ["HTTP/1.1 ", http1_status(failure), "\r\nContent-Length: 0\r\n", close, "\r\n"];
             parts.into_iter().fold(Text::empty(), |text, part| text.put(part.as_bytes()))
@@ -79,13 +79,26 @@ pub(super) fn heartbeat(protocol: Protocol, mark: Mark) -> Text {
     }
 }
 
+/// Whether the upstream is still there, in the words of the last that it has said.
+pub(super) fn probe(protocol: Protocol, mark: Mark) -> Text {
+    match protocol {
+        Protocol::Bolt => bolt_head(mark, REQUEST, HEARTBEAT).put(&PROBE_TIMEOUT_MS).put(&[0; 8]),
+        Protocol::Dubbo => dubbo(PROBE | EVENT | mark.codec, 0, mark.id, &[NULL]),
+        _ => Text::empty(),
+    }
+}
+
 /// Without class, header, content and checksum.
 fn bolt(mark: Mark, command: u8, status: u8) -> Text {
+    bolt_head(mark, 0, command).put(&[0, status]).put(&[0; 8])
+}
+
+fn bolt_head(mark: Mark, direction: u8, command: u8) -> Text {
     let [.., a, b, c, d] = mark.id.to_be_bytes();
     let (version, edition): (&[u8], _) =
         if mark.version == 2 { (&[2, 1], &[0][..]) } else { (&[1], &[][..]) };
-    let head = Text::empty().put(version).put(&[0, 0, command, 1, a, b, c, d, mark.codec]);
-    head.put(edition).put(&[0, status]).put(&[0; 8])
+    let head = [direction, 0, command, 1, a, b, c, d, mark.codec];
+    Text::empty().put(version).put(&head).put(edition)
 }
 
 fn dubbo(flags: u8, status: u8, id: u64, body: &[&[u8]]) -> Text {
@@ -138,6 +151,11 @@ const fn http1_status(failure: Failure) -> &'static str {
 
 const RESPONSE: u8 = 2;
 const HEARTBEAT: u8 = 0;
+/// Of Bolt: wants an answer.
+const REQUEST: u8 = 1;
+const PROBE_TIMEOUT_MS: [u8; 4] = 3000u32.to_be_bytes();
+/// Of Dubbo: a request that wants an answer.
+const PROBE: u8 = 0xc0;
 const EVENT: u8 = 0x20;
 const HESSIAN2: u8 = 2;
 const DUBBO_OK: u8 = 20;

@@ -30,6 +30,7 @@ impl Exchange {
         if self.reading != Reading::Between
             && self.reading != Reading::Rest
             && self.client.has_ended()
+            && self.client.inbox.is_empty()
         {
             // Half a request that went out cannot be taken back.
             return Err(CloseReason::DownstreamReset);
@@ -56,13 +57,20 @@ impl Exchange {
             }
             Err(Stop::Bad(_) | Stop::NotMine) => return self.misunderstand(means),
         };
-        if ask.kind == AskKind::Heartbeat && self.floor.is_some() {
-            return Ok(false); // Our answer must not get into somebody's frame.
+        if ask.kind == AskKind::Heartbeat {
+            // Our answer must not get into somebody's frame.
+            let has_said =
+                self.floor.is_none() && self.say(heartbeat(self.protocol, ask.mark), means);
+            if !has_said {
+                return Ok(false);
+            }
         }
         (self.hanging, self.needed) = (None, 0);
-        self.to = self.target(ask, means)?;
+        self.to = self.target(ask, means);
         self.reading = Reading::of(ask.extent);
+        self.uploads = matches!(ask.kind, AskKind::Request(_)) && self.to.is_some();
         self.is_held = ask.mark.may_open && self.to.is_some();
+        self.has_asked_last |= ask.mark.closes;
         Ok(true)
     }
 
@@ -80,6 +88,7 @@ impl Exchange {
         let waiting = self.legs.iter().map(|(_, leg)| leg.socket.outbox.count()).sum::<u32>();
         !self.is_last
             && !self.is_held
+            && !self.has_asked_last
             && self.asked.len() < ASKED_MAX
             && self.client.inbox.bytes() >= self.needed
             && self.client.outbox.count() < most
@@ -87,20 +96,13 @@ impl Exchange {
     }
 
     /// The leg that gets the frame; `None` for nobody.
-    fn target<H: Host>(
-        &mut self,
-        ask: Ask,
-        means: &mut Means<'_, H>,
-    ) -> Result<Option<usize>, CloseReason> {
+    fn target<H: Host>(&mut self, ask: Ask, means: &mut Means<'_, H>) -> Option<usize> {
         match ask.kind {
-            AskKind::Nothing => Ok(None),
+            AskKind::Heartbeat | AskKind::Nothing => None,
             AskKind::Answer => {
-                let at = self.callbacks.iter().position(|(id, _)| *id == ask.mark.id);
-                Ok(at.map(|at| self.callbacks.swap_remove(at).1))
-            }
-            AskKind::Heartbeat => {
-                self.say(heartbeat(self.protocol, ask.mark), means)?;
-                Ok(None)
+                let leg = self.callbacks.answered(ask.mark.id)?;
+                self.legs.get_mut(leg)?.tie();
+                Some(leg)
             }
             AskKind::OneWay(service) => {
                 let chosen = self.choose_known(service, means);
@@ -108,11 +110,11 @@ impl Exchange {
                     means.picker.ended(endpoint);
                 }
                 means.host.count(chosen.map_or_else(Failure::outcome, |_| Outcome::OneWay));
-                Ok(chosen.ok().map(|(leg, _)| leg))
+                chosen.ok().map(|(leg, _)| leg)
             }
             AskKind::Request(service) => {
                 let chosen = self.choose_known(service, means);
-                Ok(self.enter(ask, chosen, means))
+                self.enter(ask, chosen, means)
             }
         }
     }
@@ -135,7 +137,8 @@ impl Exchange {
         });
         let failure = chosen.err();
         self.failures += usize::from(failure.is_some());
-        self.asked.push_back(Asked { due, endpoint, failure, leg, mark: ask.mark, starts_at });
+        let mark = ask.mark;
+        self.asked.push_back(Asked { due, endpoint, failure, leg, mark, span, starts_at });
         if let Some(due) = due.filter(|_| failure.is_none()) {
             self.set_alarm(due);
         }
@@ -174,10 +177,16 @@ impl Exchange {
     /// What comes now belongs to the frame that has begun.
     fn pass_request<H: Host>(&mut self, means: &mut Means<'_, H>) -> Result<bool, CloseReason> {
         let Some(front) = means.pieces.front(self.client.inbox) else { return Ok(false) };
-        let eaten = match self.reading.eat(means.host.bytes(front)) {
-            Ok(eaten) => eaten,
-            Err(_) => return self.misunderstand(means),
+        let mut reading = self.reading;
+        let Ok(eaten) = reading.eat(means.host.bytes(front)) else {
+            return self.misunderstand(means);
         };
+        if eaten < front.len && !means.pieces.can_divide() {
+            self.look_again(means);
+            return Ok(false);
+        }
+        self.reading = reading;
+        self.restart_time(means);
         let Some(leg) = self.to.and_then(|leg| self.legs.get_lasting(leg)) else {
             means.pieces.advance(&mut self.client.inbox, eaten);
             return Ok(true);
@@ -185,6 +194,14 @@ impl Exchange {
         leg.taken += u64::from(eaten);
         let fits = means.pieces.shift(&mut self.client.inbox, &mut leg.socket.outbox, eaten);
         if fits { Ok(true) } else { Err(CloseReason::LocalLimit) }
+    }
+
+    /// The time for an answer begins with the last byte of its request.
+    fn restart_time<H: Host>(&mut self, means: &Means<'_, H>) {
+        if let Some(asked) = self.asked.back_mut().filter(|_| self.uploads) {
+            asked.due = asked.span.map(|span| means.now.wrapping_add(span));
+        }
+        self.uploads &= self.reading != Reading::Between;
     }
 
     /// Where the next frame begins is not known any more: HTTP is told so, when it is its turn; in the
@@ -202,6 +219,7 @@ impl Exchange {
             failure: Some(Failure::Bad),
             leg: NOWHERE,
             mark: speech::Mark::default(),
+            span: None,
             starts_at: 0,
         });
         (self.reading, self.to) = (Reading::Rest, None);

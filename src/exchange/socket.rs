@@ -4,8 +4,8 @@
 //!
 //! Invariant: at most one connect, one receive and one send are in flight.
 
-use super::Rules;
 use super::pieces::{Pieces, Queue};
+use super::{Host, Means};
 use crate::op::{Op, Pool, Request, SEGMENTS_PER_SEND_MAX, Side};
 
 /// A socket with its two queues.
@@ -14,11 +14,15 @@ pub(super) struct Socket {
     /// Came, and was not taken out yet.
     pub(super) inbox: Queue,
     is_dialling: bool,
+    /// FIN is on its way.
+    is_finishing: bool,
     /// It takes nothing any more.
     is_shut: bool,
     /// Waits to be sent.
     pub(super) outbox: Queue,
     is_sending: bool,
+    /// Since when it is listened to, if it is.
+    listens_since: u32,
     receive: Receive,
     side: Side,
 }
@@ -43,8 +47,10 @@ impl Socket {
         Socket {
             inbox,
             is_dialling: false,
+            is_finishing: false,
             is_sending: false,
             is_shut: false,
+            listens_since: 0,
             outbox,
             receive,
             side,
@@ -59,7 +65,7 @@ impl Socket {
     /// Nothing is in flight.
     pub(super) fn is_quiet(&self) -> bool {
         let receives = matches!(self.receive, Receive::Armed | Receive::Cancelled);
-        !receives && !self.is_sending && !self.is_dialling
+        !receives && !self.is_sending && !self.is_dialling && !self.is_finishing
     }
 
     /// Nothing waits to be sent, and nothing is being sent.
@@ -72,9 +78,14 @@ impl Socket {
         self.is_sending
     }
 
-    /// The peer can say something just now.
-    pub(super) fn is_receiving(&self) -> bool {
-        self.receive == Receive::Armed
+    /// Since when the peer could have said something, if it can.
+    pub(super) fn listens_since(&self) -> Option<u32> {
+        (self.receive == Receive::Armed).then_some(self.listens_since)
+    }
+
+    /// It waits for a buffer.
+    pub(super) fn is_starved(&self) -> bool {
+        self.receive == Receive::Starved
     }
 
     /// The peer has sent FIN.
@@ -113,6 +124,16 @@ impl Socket {
         self.is_dialling = false;
     }
 
+    /// Sends FIN; everything before it was sent.
+    pub(super) const fn finish(&mut self) -> Op {
+        self.is_finishing = true;
+        Op::Shutdown(self.side)
+    }
+
+    pub(super) const fn finished(&mut self) {
+        self.is_finishing = false;
+    }
+
     /// A send has failed: what waits stays.
     pub(super) const fn shut(&mut self) {
         self.is_shut = true;
@@ -125,18 +146,24 @@ impl Socket {
     }
 
     /// What it shall do now: receive while what it has brought (`held` bytes in so many pieces) leaves
-    /// room, send while something waits.
-    pub(super) fn next(&mut self, held: Held, rules: &Rules) -> [Option<Op>; 2] {
-        let side = self.side;
-        let is_full = held.bytes >= rules.window_bytes || held.pieces >= rules.pieces_max;
-        let has_room = held.bytes <= rules.window_bytes / 2 && held.pieces <= rules.pieces_max / 2;
+    /// room, send while something waits. Before the bytes `wanted` are there nothing becomes less.
+    pub(super) fn next<H: Host>(
+        &mut self,
+        held: Held,
+        wanted: Wanted,
+        means: &Means<'_, H>,
+    ) -> [Option<Op>; 2] {
+        let (side, rules) = (self.side, means.rules);
+        let is_short = self.inbox.bytes() < wanted.bytes && held.bytes < rules.window_bytes;
+        let is_full = held.bytes >= rules.window_bytes || held.pieces >= wanted.pieces_max;
+        let has_room = held.bytes <= rules.window_bytes / 2 && held.pieces <= wanted.pieces_max / 2;
         let receive = match self.receive {
-            Receive::Idle if has_room => {
-                self.receive = Receive::Armed;
+            Receive::Idle if has_room || is_short => {
+                (self.receive, self.listens_since) = (Receive::Armed, means.now);
                 let credit_bytes = rules.window_bytes - held.bytes;
                 Some(Op::Receive { side, credit_bytes, pool: Pool::Small })
             }
-            Receive::Armed if is_full => {
+            Receive::Armed if is_full && !is_short => {
                 self.receive = Receive::Cancelled;
                 Some(Op::Cancel(Request::Receive(side)))
             }
@@ -174,6 +201,14 @@ impl Socket {
         pieces.clear(&mut self.inbox);
         pieces.clear(&mut self.outbox);
     }
+}
+
+/// What a socket shall bring.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Wanted {
+    /// Before so many are there nothing can go on.
+    pub(super) bytes: u32,
+    pub(super) pieces_max: u32,
 }
 
 /// What is held of a socket's bytes, wherever it waits now.

@@ -48,10 +48,12 @@ pub(super) enum AskKind {
 /// What must be remembered of a request to answer it ourselves.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Mark {
-    /// Of HTTP: its body may never come once we have answered.
+    /// Of HTTP: its answer is the last on the connection.
     pub(super) closes: bool,
     /// Of Bolt: how contents are written; of Dubbo: how bodies are.
     pub(super) codec: u8,
+    /// Of HTTP: its body may never come once we have answered ourselves.
+    pub(super) expects: bool,
     pub(super) id: u64,
     /// Of HTTP: its answer has no body.
     pub(super) is_head: bool,
@@ -78,11 +80,13 @@ pub(super) enum ReplyKind {
     /// Before the answer, which is still to come.
     Before,
     /// It asks something of the downstream.
-    Callback(u64),
+    Callback(Mark),
     Heartbeat(Mark),
     Nothing,
     /// The answer, and from now on both sides say what they like.
     Open,
+    /// It tells the downstream something.
+    Push(Mark),
 }
 
 /// The frame at the front of what the downstream has said.
@@ -90,6 +94,7 @@ pub(super) fn ask(protocol: Protocol, bytes: &[u8], table: &Table) -> Result<Ask
     match protocol {
         Protocol::Bolt => ask_bolt(&bolt::parse(bytes)?, table),
         Protocol::Dubbo => ask_dubbo(&dubbo::parse(bytes)?, table),
+        Protocol::Http1 if bytes.first() == Some(&b'\r') => empty_line(bytes),
         Protocol::Http1 => ask_http1(&http1::parse(bytes)?, table),
         Protocol::Http2 | Protocol::Tls => Err(Stop::NotMine),
     }
@@ -143,10 +148,24 @@ fn ask_http1(head: &http1::Head<'_>, table: &Table) -> Result<Ask, Stop> {
     };
     let is_head = head.method == b"HEAD";
     let codec = if head.method == b"CONNECT" { CONNECT } else { 0 };
-    let (closes, may_open) = (head.expects_continue, head.is_upgrade);
-    let mark = Mark { closes, codec, is_head, may_open, ..Mark::default() };
+    let (closes, expects, may_open) = (head.closes, head.expects_continue, head.is_upgrade);
+    let mark = Mark { closes, codec, expects, is_head, may_open, ..Mark::default() };
     let kind = AskKind::Request(naming::of_http1(head, table));
     Ok(Ask { extent, kind, mark, timeout_ms: None })
+}
+
+/// Before a request it means nothing (RFC 9112, 2.2): some clients put it behind a body.
+fn empty_line(bytes: &[u8]) -> Result<Ask, Stop> {
+    match bytes.get(1) {
+        None => Err(Stop::NeedMore(2)),
+        Some(b'\n') => Ok(Ask {
+            extent: Extent::Bytes(2),
+            kind: AskKind::Nothing,
+            mark: Mark::default(),
+            timeout_ms: None,
+        }),
+        Some(_) => Err(Stop::Bad("a bare CR")),
+    }
 }
 
 /// The frame at the front of what an upstream has said; `to` is the request that HTTP answers.
@@ -177,9 +196,8 @@ fn reply_bolt(frame: &bolt::Frame<'_>) -> Reply {
     let kind = match frame.kind {
         bolt::Kind::Goaway | bolt::Kind::HeartbeatAnswer => ReplyKind::Nothing,
         bolt::Kind::Heartbeat => ReplyKind::Heartbeat(mark_of_bolt(frame)),
-        bolt::Kind::OneWay | bolt::Kind::Request => {
-            ReplyKind::Callback(u64::from(frame.request_id))
-        }
+        bolt::Kind::OneWay => ReplyKind::Push(mark_of_bolt(frame)),
+        bolt::Kind::Request => ReplyKind::Callback(mark_of_bolt(frame)),
         bolt::Kind::Response => ReplyKind::Answer(u64::from(frame.request_id)),
     };
     let closes = frame.kind == bolt::Kind::Goaway;
@@ -190,7 +208,8 @@ fn reply_dubbo(frame: &dubbo::Frame<'_>, bytes: &[u8]) -> Reply {
     let kind = match frame.kind {
         dubbo::Kind::Event { two_way: true } => ReplyKind::Heartbeat(mark_of_dubbo(frame)),
         dubbo::Kind::Event { two_way: false } => ReplyKind::Nothing,
-        dubbo::Kind::OneWay | dubbo::Kind::Request => ReplyKind::Callback(frame.request_id),
+        dubbo::Kind::OneWay => ReplyKind::Push(mark_of_dubbo(frame)),
+        dubbo::Kind::Request => ReplyKind::Callback(mark_of_dubbo(frame)),
         dubbo::Kind::Response if frame.is_event => ReplyKind::Nothing,
         dubbo::Kind::Response => ReplyKind::Answer(frame.request_id),
     };

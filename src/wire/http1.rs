@@ -16,6 +16,8 @@ mod chunks;
 pub struct Head<'a> {
     /// How the body ends.
     pub body: Body,
+    /// The client asks no more on this connection.
+    pub closes: bool,
     /// The client waits for "100 Continue".
     pub expects_continue: bool,
     /// Of the head, with the empty line.
@@ -52,11 +54,15 @@ pub fn parse(bytes: &[u8]) -> Result<Head<'_>, Stop> {
     let (line, mut at) = line(bytes, 0, true)?;
     let mut words = line.split(|byte| *byte == b' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    let is_http = words.next().is_some_and(|word| matches!(word, b"HTTP/1.1" | b"HTTP/1.0"));
-    if !is_http || words.next().is_some() || target.is_empty() || !is_token(method) {
+    let version = words.next().unwrap_or_default();
+    if !matches!(version, b"HTTP/1.1" | b"HTTP/1.0")
+        || words.next().is_some()
+        || target.is_empty()
+        || !is_token(method)
+    {
         return Err(Stop::Bad("not a request line"));
     }
-    let mut seen = Seen::default();
+    let mut seen = Seen { closes: version == b"HTTP/1.0", ..Seen::default() };
     for _ in 0..HEADERS_MAX {
         let (line, next) = self::line(bytes, at, false)?;
         at = next;
@@ -71,6 +77,7 @@ pub fn parse(bytes: &[u8]) -> Result<Head<'_>, Stop> {
 /// What the headers have said so far.
 #[derive(Default)]
 struct Seen<'a> {
+    closes: bool,
     expects_continue: bool,
     host: Option<&'a [u8]>,
     is_chunked: bool,
@@ -94,6 +101,8 @@ impl<'a> Seen<'a> {
                 return Err(Stop::Bad("a transfer coding other than chunked"));
             }
             self.is_chunked = true;
+        } else if is(b"connection") {
+            self.closes = closes(value, self.closes);
         } else if is(b"upgrade") {
             self.is_upgrade = true;
         } else if is(b"expect") {
@@ -113,6 +122,7 @@ impl<'a> Seen<'a> {
         let host = authority(target).or(self.host).unwrap_or_default();
         Ok(Head {
             body,
+            closes: self.closes,
             expects_continue: self.expects_continue,
             head_len,
             host: without_port(host),
@@ -133,6 +143,14 @@ fn named(line: &[u8]) -> Result<(&[u8], &[u8]), Stop> {
         return Err(Stop::Bad("not a header name"));
     }
     Ok((name, value.get(1..).unwrap_or_default().trim_ascii()))
+}
+
+/// Whether the connection ends, after one more `Connection` header.
+fn closes(value: &[u8], so_far: bool) -> bool {
+    let says = |word: &[u8]| {
+        value.split(|byte| *byte == b',').any(|item| item.trim_ascii().eq_ignore_ascii_case(word))
+    };
+    says(b"close") || (so_far && !says(b"keep-alive"))
 }
 
 /// Takes what may be said once.

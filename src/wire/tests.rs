@@ -211,6 +211,7 @@ fn http1_heads_are_read() {
     let head = http1::parse(text).unwrap();
     let expected = http1::Head {
         body: http1::Body::Length(12),
+        closes: false,
         expects_continue: true,
         head_len: text.len() - 12,
         host: b"Demo.Example",
@@ -227,6 +228,17 @@ fn http1_heads_are_read() {
     assert_eq!((head.host, head.body), (&b"[::1]"[..], http1::Body::Chunked));
     let upgrade = b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n";
     assert!(http1::parse(upgrade).unwrap().is_upgrade);
+    for (head, closes) in [
+        ("HTTP/1.1\r\nConnection: close", true),
+        ("HTTP/1.1\r\nConnection: Upgrade,CLOSE", true),
+        ("HTTP/1.1\r\nConnection: keep-alive", false),
+        ("HTTP/1.0\r\nHost: a", true),
+        ("HTTP/1.0\r\nConnection: Keep-Alive", false),
+        ("HTTP/1.0\r\nConnection: keep-alive\r\nConnection: close", true),
+    ] {
+        let text = format!("GET / {head}\r\n\r\n");
+        assert_eq!(http1::parse(text.as_bytes()).unwrap().closes, closes, "{head}");
+    }
 }
 
 #[test]

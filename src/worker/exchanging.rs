@@ -211,6 +211,7 @@ impl Worker {
                 let queue = queue.take(usize::from(segments));
                 self.ring.send(token(Request::Send(from)), from.other(), queue);
             }
+            Op::Shutdown(side) => self.ring.shutdown(token(Request::Shutdown(side)), side),
             _ => {}
         }
     }

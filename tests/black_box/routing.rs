@@ -283,3 +283,52 @@ fn curl_reaches_several_services_over_one_connection() {
     assert_eq!((requests(&weir, "answered"), requests(&weir, "unknown_service")), (6, 2));
     weir.end(&net);
 }
+
+/// An empty line before a request is none (RFC 9112, 2.2); what cannot be read is answered after all
+/// before it, and neither FIN nor bytes that nobody has read take these answers away.
+#[test]
+fn http1_answers_arrive_before_the_connection_closes() {
+    let net = Net::new();
+    serve_http(net.listen(Place::Server, SERVERS[1]), "two");
+    serve_http(net.listen(Place::Server, SERVERS[2]), "two");
+    let weir = weir(&net);
+    let garbage = format!("\x01\r\n\r\n{}", "x".repeat(200_000));
+    let asked = "GET /a HTTP/1.1\r\nHost: two\r\n\r\n\r\nGET /b HTTP/1.1\r\nHost: nobody\r\n\r\n";
+    for has_fin in [true, false] {
+        let mut client = net.connect(Place::Node, OUTBOUND);
+        client.write_all(format!("{asked}{garbage}").as_bytes()).unwrap();
+        if has_fin {
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let mut all = String::new();
+        client.read_to_string(&mut all).unwrap();
+        let order: Vec<usize> = ["two /a", "404 Not Found", "400 Bad Request"]
+            .map(|text| all.find(text).unwrap())
+            .into();
+        assert!(order.is_sorted(), "{all}");
+    }
+    // Whoever says that it asks no more is told so, and is left.
+    let mut client = net.connect(Place::Node, OUTBOUND);
+    client.write_all(b"GET / HTTP/1.1\r\nHost: nobody\r\nConnection: close\r\n\r\n").unwrap();
+    let mut all = String::new();
+    client.read_to_string(&mut all).unwrap();
+    assert!(all.starts_with("HTTP/1.1 404") && all.contains("Connection: close"), "{all}");
+    drop(client);
+    until("they have ended well", || weir.closed("finished") == 3);
+    weir.end(&net);
+}
+
+/// More refusals at once than weir has words for: each comes when there is room for it.
+#[test]
+fn thousand_failures_at_once_are_all_answered() {
+    let net = Net::new();
+    let weir = weir(&net);
+    let mut client = net.connect(Place::Node, OUTBOUND);
+    let all: Vec<u8> = (0..1000).flat_map(|id| bolt(id, "nobody", "x")).collect();
+    client.write_all(&all).unwrap();
+    let mut answers: Vec<_> = (0..1000).map(|_| answer(&mut client)).collect();
+    answers.sort_unstable();
+    assert!((0..1000).map(|id| (id, 6, String::new())).eq(answers));
+    drop(client);
+    weir.end(&net);
+}

@@ -8,10 +8,16 @@ use crate::wire::http1::{Body, Chunks};
 use crate::wire::{Stop, bolt, dubbo, http1};
 
 /// A request or an answer.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Word {
+    /// Of HTTP: the client says that it asks no more.
+    pub(super) closes: bool,
     pub(super) id: u64,
     pub(super) len: usize,
+    /// Its id as frames say it; those that servers ask are not told apart by it.
+    pub(super) number: u64,
+    /// Of its head, besides.
+    pub(super) pad: usize,
     /// Number of the service; `STRANGER` is nobody's.
     pub(super) service: u64,
     /// Of four ways to write it.
@@ -38,7 +44,7 @@ pub(super) fn request(protocol: Protocol, word: Word, one_way: bool) -> Vec<u8> 
     match protocol {
         Protocol::Bolt => {
             let mut header = Vec::new();
-            for part in ["uid", "", "service", &name] {
+            for part in ["uid", &"u".repeat(word.pad), "service", &name] {
                 header.extend((part.len() as u32).to_be_bytes());
                 header.extend(part.bytes());
             }
@@ -52,25 +58,35 @@ pub(super) fn request(protocol: Protocol, word: Word, one_way: bool) -> Vec<u8> 
                 body.extend(part.bytes());
             }
             body.extend(text.bytes());
-            dubbo_frame(if one_way { 0x82 } else { 0xc2 }, 0, word.id, &body)
+            dubbo_frame(if one_way { 0x82 } else { 0xc2 }, 0, word.number, &body)
         }
         _ => {
             let host = if word.style == 1 { name.to_uppercase() + ":80" } else { name };
-            let head = format!("POST /{} HTTP/1.1\r\nHost: {host}\r\n", word.id);
+            let close = if word.closes { "Connection: close\r\n" } else { "" };
+            let pad = "p".repeat(word.pad);
+            let head = format!("POST /{pad} HTTP/1.1\r\nHost: {host}\r\n{close}");
             http_body(head, text, word.style.is_multiple_of(2))
         }
     }
 }
 
-/// A heartbeat of the client; nothing in HTTP.
+/// A heartbeat; nothing in HTTP.
 pub(super) fn heartbeat(protocol: Protocol, id: u64) -> Vec<u8> {
     match protocol {
         Protocol::Bolt => {
-            let word = Word { id, len: 0, service: 0, style: 0 };
+            let word = Word { number: id, ..Word::default() };
             bolt_frame(word, (1, 0), &[0, 0, 0x0b, 0xb8], &[], &[])
         }
         Protocol::Dubbo => dubbo_frame(0xe2, 0, id, b"N"),
         _ => Vec::new(),
+    }
+}
+
+/// What a server says to one of ours.
+pub(super) fn heartbeat_answer(protocol: Protocol, number: u64) -> Vec<u8> {
+    match protocol {
+        Protocol::Bolt => bolt_frame(Word { number, ..Word::default() }, (0, 0), &[0, 0], &[], &[]),
+        _ => dubbo_frame(0x22, 20, number, b"N"),
     }
 }
 
@@ -79,7 +95,7 @@ pub(super) fn answer(protocol: Protocol, word: Word, closes: bool) -> Vec<u8> {
     let text = word.text();
     match protocol {
         Protocol::Bolt => bolt_frame(word, (0, 2), &[0, 0], &[], text.as_bytes()),
-        Protocol::Dubbo => dubbo_frame(2, 20, word.id, text.as_bytes()),
+        Protocol::Dubbo => dubbo_frame(2, 20, word.number, text.as_bytes()),
         _ if closes && word.style < 2 => {
             format!("HTTP/1.1 200 OK\r\nX: y\r\n\r\n{text}").into_bytes()
         }
@@ -102,7 +118,7 @@ fn bolt_frame(
     let is_v2 = word.style >= 2;
     let mut frame = if is_v2 { vec![2, 2, direction] } else { vec![1, direction] };
     frame.extend([0, command, 1]);
-    frame.extend((word.id as u32).to_be_bytes());
+    frame.extend((word.number as u32).to_be_bytes());
     frame.push(11);
     frame.extend(is_v2.then_some(1));
     frame.extend(middle);
@@ -139,12 +155,16 @@ fn http_body(head: String, text: String, chunked: bool) -> Vec<u8> {
 /// A whole frame at the front of a stream.
 #[derive(Debug)]
 pub(super) enum Found {
-    /// Nobody wants an answer to it, or it is one to a heartbeat.
-    Beat,
-    /// A request or an answer with a word in it, and whether it wants an answer or is the last.
-    Full(u64, String, bool),
-    /// An answer that says no, to this id.
-    Refused(u64, bool),
+    /// An answer with a word in it; with `closes` the last.
+    Answers { closes: bool, number: u64, text: String },
+    /// A request with a word in it, and whether it wants an answer.
+    Asks { text: String, wants: bool },
+    /// A heartbeat, which wants an answer or is one.
+    Beat { number: u64, wants: bool },
+    /// What comes before an answer of HTTP.
+    Early,
+    /// An answer that says no.
+    Refused { closes: bool, number: u64 },
 }
 
 /// The first frame of `bytes`, and its length; `None` if it is not whole. At the `end` of a stream an
@@ -156,50 +176,58 @@ pub(super) fn find(
     end: bool,
 ) -> Option<(Found, usize)> {
     match protocol {
-        Protocol::Bolt => {
-            let frame = read(bolt::parse(bytes), bytes)?;
-            let whole = bytes.get(..frame.frame_len as usize)?;
-            assert!(bolt::is_intact(&frame, whole));
-            let id = u64::from(frame.request_id);
-            let found = match frame.kind {
-                bolt::Kind::Heartbeat | bolt::Kind::HeartbeatAnswer => Found::Beat,
-                _ if frame.status != 0 => Found::Refused(id, false),
-                kind => Found::Full(id, word_in(whole), kind == bolt::Kind::Request),
-            };
-            Some((found, whole.len()))
-        }
-        Protocol::Dubbo => {
-            let frame = read(dubbo::parse(bytes), bytes)?;
-            let whole = bytes.get(..frame.frame_len as usize)?;
-            let found = match (frame.is_event, frame.status) {
-                (true, _) => Found::Beat,
-                (_, 0 | 20) => {
-                    let wants = frame.kind == dubbo::Kind::Request;
-                    Found::Full(frame.request_id, word_in(whole), wants)
-                }
-                _ => Found::Refused(frame.request_id, false),
-            };
-            Some((found, whole.len()))
-        }
+        Protocol::Bolt => find_bolt(bytes),
+        Protocol::Dubbo => find_dubbo(bytes),
         _ if is_answer => {
             let head = read(http1::parse_answer(bytes, false), bytes)?;
             if head.status == 103 {
-                return Some((Found::Beat, head.head_len));
+                return Some((Found::Early, head.head_len));
             }
             let len = http_len(bytes, head.head_len, head.body, end)?;
-            let whole = &bytes[..len];
+            let (closes, number, whole) = (head.closes, 0, &bytes[..len]);
             let found = match head.status {
-                200 => Found::Full(0, word_in(whole), head.closes),
-                _ => Found::Refused(0, head.closes),
+                200 => Found::Answers { closes, number, text: word_in(whole) },
+                _ => Found::Refused { closes, number },
             };
             Some((found, len))
         }
         _ => {
             let head = read(http1::parse(bytes), bytes)?;
             let len = http_len(bytes, head.head_len, head.body, end)?;
-            Some((Found::Full(0, word_in(&bytes[..len]), true), len))
+            Some((Found::Asks { text: word_in(&bytes[..len]), wants: true }, len))
         }
     }
+}
+
+fn find_bolt(bytes: &[u8]) -> Option<(Found, usize)> {
+    let frame = read(bolt::parse(bytes), bytes)?;
+    let whole = bytes.get(..frame.frame_len as usize)?;
+    assert!(bolt::is_intact(&frame, whole));
+    let number = u64::from(frame.request_id);
+    let found = match frame.kind {
+        bolt::Kind::Heartbeat => Found::Beat { number, wants: true },
+        bolt::Kind::HeartbeatAnswer => Found::Beat { number, wants: false },
+        bolt::Kind::Response if frame.status != 0 => Found::Refused { closes: false, number },
+        bolt::Kind::Response => Found::Answers { closes: false, number, text: word_in(whole) },
+        kind => Found::Asks { text: word_in(whole), wants: kind == bolt::Kind::Request },
+    };
+    Some((found, whole.len()))
+}
+
+fn find_dubbo(bytes: &[u8]) -> Option<(Found, usize)> {
+    let frame = read(dubbo::parse(bytes), bytes)?;
+    let whole = bytes.get(..frame.frame_len as usize)?;
+    let number = frame.request_id;
+    let found = match (frame.kind, frame.status) {
+        (dubbo::Kind::Event { two_way: wants }, _) => Found::Beat { number, wants },
+        (dubbo::Kind::Response, _) if frame.is_event => Found::Beat { number, wants: false },
+        (dubbo::Kind::Response, 20) => {
+            Found::Answers { closes: false, number, text: word_in(whole) }
+        }
+        (dubbo::Kind::Response, _) => Found::Refused { closes: false, number },
+        (kind, _) => Found::Asks { text: word_in(whole), wants: kind == dubbo::Kind::Request },
+    };
+    Some((found, whole.len()))
 }
 
 fn read<T>(result: Result<T, Stop>, bytes: &[u8]) -> Option<T> {

@@ -48,11 +48,7 @@ pub fn parse_answer(bytes: &[u8], is_to_head: bool) -> Result<Answer, Stop> {
             }
             is_chunked = true;
         } else if name.eq_ignore_ascii_case(b"connection") {
-            closes = match (says(value, b"close"), says(value, b"keep-alive")) {
-                (true, _) => true,
-                (false, true) => false,
-                (false, false) => closes,
-            };
+            closes = super::closes(value, closes);
         }
     }
     Err(Stop::Bad("too many headers"))
@@ -68,9 +64,4 @@ fn status_line(line: &[u8]) -> Option<(&[u8], u16)> {
     let status =
         digits.iter().fold(0, |status, digit| status * 10 + u16::from(digit.wrapping_sub(b'0')));
     (is_known && is_number && is_over).then_some((version, status))
-}
-
-/// A word of a list.
-fn says(list: &[u8], word: &[u8]) -> bool {
-    list.split(|byte| *byte == b',').any(|item| item.trim_ascii().eq_ignore_ascii_case(word))
 }
