@@ -3,9 +3,10 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::harness::{Cgroup, Net, Place, Weir, run, until};
+use crate::harness::{Cgroup, Net, PATIENCE, Place, Weir, run, until};
 use crate::outbound::{says, servers};
 
 const LISTEN: &str = "10.98.1.1:7000";
@@ -229,4 +230,65 @@ fn captured_dial_of_a_virtual_address_gets_an_endpoint() {
         assert_eq!(weir.denied("no_endpoint"), 1, "{mode}");
         weir.end(&net);
     }
+}
+
+/// Drain by weight 0 under load: a registry says it while connections come without a pause; those that are
+/// open go on, new ones go to the other endpoint, and nobody is refused or reset.
+#[test]
+fn weight_0_drains_an_endpoint_under_load() {
+    let net = Net::new();
+    let _providers = (provider(&net, 0), provider(&net, 1));
+    let place = tempfile::TempDir::new().unwrap();
+    let file = place.path().join("services.yaml");
+    let say = |weight: u16| {
+        let new = place.path().join("new");
+        let drained = format!("{{ addr: \"{}\", weight: {weight} }}", SERVERS[0]);
+        let text = format!("services: [{{ name: a, endpoints: [{drained}, \"{}\"] }}]", SERVERS[1]);
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, &file).unwrap();
+    };
+    say(100);
+    let config = format!(
+        "workers: 2\ntakeover: {{ registries: [{{ kind: file, path: \"{}\" }}], \
+         services: [{{ name: a, listen: \"{LISTEN}\" }}] }}",
+        file.display()
+    );
+    let weir = Weir::run(&net, &config);
+    until("both are in use", || {
+        weir.endpoints().iter().filter(|one| one.1 == "in_use").count() == 2
+    });
+    let (mut open, _) =
+        std::iter::repeat_with(|| ask(&net)).find(|(_, number)| *number == '0').unwrap();
+    let is_over = AtomicBool::new(false);
+    // Also if a check fails meanwhile, the load ends.
+    let deadline = Instant::now() + PATIENCE;
+    std::thread::scope(|scope| {
+        let load = || {
+            let mut answers = 0_u32;
+            while !is_over.load(Ordering::Relaxed) && Instant::now() < deadline {
+                assert!(matches!(ask(&net).1, '0' | '1'), "who comes is served");
+                answers += 1;
+            }
+            answers
+        };
+        let loads = [scope.spawn(load), scope.spawn(load)];
+        say(0);
+        until("it is drained", || state(&weir, SERVERS[0]) == "drained");
+        // Both workers have the new table once the old one's connections have all been answered.
+        until("only the open one is left", || {
+            let flows = |one: &(String, String, u64)| one.0 == SERVERS[0] && one.2 == 1;
+            weir.endpoints().iter().any(flows)
+        });
+        for _ in 0..50 {
+            assert_eq!(ask(&net).1, '1', "new connections go elsewhere");
+        }
+        is_over.store(true, Ordering::Relaxed);
+        for load in loads {
+            assert!(load.join().unwrap() > 0, "there was load");
+        }
+    });
+    open.write_all(b"still there").unwrap();
+    assert_eq!(weir.closed("connect_refused") + weir.denied("no_endpoint"), 0);
+    drop(open);
+    weir.end(&net);
 }

@@ -346,3 +346,44 @@ fn leaf_of_another_weir_is_left_to_it() {
     taking.end(&net);
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
 }
+
+/// RS8: with `user` weir is somebody: it writes where only this user may, and what it writes nobody else can
+/// change, though everybody may read it.
+#[test]
+fn what_a_user_writes_belongs_to_the_user() {
+    let net = lab();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    zookeeper.visit(async |client| {
+        client.auth("digest", b"weir:secret").await.unwrap();
+        let own = [Acl::new(Permission::ALL, AuthId::authed())];
+        let own = CreateMode::Persistent.with_acls(Acls::new(&own));
+        client.create("/sofa-rpc", b"", &own).await.unwrap();
+    });
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("password");
+    std::fs::write(&file, "secret\n").unwrap();
+    let credentials = format!(", user: weir, password_file: \"{}\" }}", file.display());
+    let registry = REGISTRY.replace(" }", &credentials);
+    let config = format!(
+        "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
+         propagation_ms: 0\n  registries: [{registry}]"
+    );
+    let provider = Weir::run_as(net.command(Place::Server, weir()), &config);
+    application(&net);
+    publish(&net);
+    until("it is registered", || zookeeper.ephemerals().len() == 1);
+    let leaf = zookeeper.ephemerals().remove(0);
+    let (parent, _) = leaf.rsplit_once('/').unwrap();
+    let (read, deleted, created) = zookeeper.visit(async |client| {
+        let more = format!("{parent}/bolt%3A%2F%2F10.98.2.9%3A1");
+        let anybody = CreateMode::Ephemeral.with_acls(Acls::anyone_all());
+        let created = client.create(&more, b"", &anybody).await.map(drop);
+        let read = client.list_children(parent).await.map(|leaves| leaves.len());
+        (read, client.delete(&leaf, None).await, created)
+    });
+    let refused = Err(zookeeper_client::Error::NoAuth);
+    assert_eq!((read, &deleted, &created), (Ok(1), &refused, &refused));
+    assert_eq!(provider.metric("weir_registry_refusals_total", &[]), 0);
+    provider.end(&net);
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+}
