@@ -405,6 +405,20 @@ fn client_hellos_of_others_are_read() {
     }
 }
 
+/// A client that sends its hello byte by byte is looked at when a whole record is there.
+#[test]
+fn hello_is_asked_for_record_by_record() {
+    for (vector, bytes) in vectors("tls") {
+        let (mut asked, mut len) = (0, 0);
+        while let Err(Stop::NeedMore(needed)) = tls::parse(&bytes[..len]) {
+            (asked, len) = (asked + 1, needed);
+        }
+        // Each record's head begins with its kind, and there are no more bytes 0x16 than that and chance.
+        let records = bytes.windows(3).filter(|three| matches!(three, [0x16, 3, 0..=4])).count();
+        assert!(asked <= 2 * records, "{vector}: {asked} looks at {records} records");
+    }
+}
+
 #[test]
 fn strangers_are_nobodys() {
     for bytes in [

@@ -60,19 +60,21 @@ impl Hello<'_> {
         while self.at == self.end {
             self.record()?;
         }
-        let byte = self.raw(self.at)?;
+        let byte = self.bytes.get(self.at).copied().ok_or(Stop::NeedMore(self.at + 1))?;
         self.at += 1;
         Ok(byte)
     }
 
+    /// Asked for as a whole, its head and then the rest: a client that sends it byte by byte is not looked
+    /// at byte by byte.
     fn record(&mut self) -> Result<(), Stop> {
         let not_mine =
             if self.at == 0 { Stop::NotMine } else { Stop::Bad("not a handshake record") };
-        if self.raw(self.at)? != HANDSHAKE || self.raw(self.at + 1)? != 3 {
+        if self.head(0)? != HANDSHAKE || self.head(1)? != 3 {
             return Err(not_mine);
         }
-        let minor = self.raw(self.at + 2)?;
-        let len = usize::from(self.raw(self.at + 3)?) << 8 | usize::from(self.raw(self.at + 4)?);
+        let minor = self.head(2)?;
+        let len = usize::from(self.head(3)?) << 8 | usize::from(self.head(4)?);
         if minor > 4 || len == 0 || len > RECORD_BYTES_MAX {
             return Err(not_mine);
         }
@@ -81,11 +83,16 @@ impl Hello<'_> {
         }
         self.at += RECORD_HEAD_BYTES;
         self.end = self.at + len;
+        if self.end > self.bytes.len() {
+            return Err(Stop::NeedMore(self.end));
+        }
         Ok(())
     }
 
-    fn raw(&self, at: usize) -> Result<u8, Stop> {
-        self.bytes.get(at).copied().ok_or(Stop::NeedMore(at + 1))
+    /// Of a record's head, which begins here.
+    fn head(&self, index: usize) -> Result<u8, Stop> {
+        let byte = self.bytes.get(self.at + index).copied();
+        byte.ok_or(Stop::NeedMore(self.at + RECORD_HEAD_BYTES))
     }
 
     fn number(&mut self, bytes: usize) -> Result<usize, Stop> {
