@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use super::plan::{Plan, Way, Workload};
+use super::rules::{self, State};
 use super::{
     CaptureError, MARK_MASK, OWN_MARK, RuleCounts, SOCKET_MARK, SOCKET_MARK_MASK, STEER_MARK,
     connect, redirect, tproxy,
@@ -124,6 +125,16 @@ pub(super) fn check(text: &str) -> Result<(), CaptureError> {
         return Ok(());
     }
     Err(refused("check the nft table", &String::from_utf8_lossy(&output.stderr)))
+}
+
+/// The transaction that makes the table. One that a hand has made from our own steps goes with it; one
+/// that a running weir holds is not ours to remove, and is in the way.
+pub(super) fn making(draft: &Draft) -> String {
+    let before = match rules::table() {
+        State::Stands => "delete table inet weir\n",
+        State::Held | State::Missing => "",
+    };
+    format!("{before}{}", draft.table())
 }
 
 /// As `check`, where our table is there already: only its owner may name it.

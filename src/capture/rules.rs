@@ -208,7 +208,7 @@ fn refuse_held() -> Result<(), CaptureError> {
 }
 
 /// How the table is; one that a running weir made says so (`flags owner`, nft(8)).
-fn table() -> State {
+pub(super) fn table() -> State {
     let words = ["-t", "list", "table", "inet", "weir"];
     match Command::new("nft").args(words).stdin(Stdio::null()).output() {
         Ok(output) if output.status.success() => {

@@ -115,6 +115,7 @@ fn json(value: &impl Serialize) -> Result<String, Failure> {
 
 const HEAD: &str = "\
 # What `weir run` changes in this network namespace, in this order. It makes `table inet weir` with
-# `flags owner` as well, so that the table goes when weir goes, however it goes.
+# `flags owner` as well, so that the table goes when weir goes, however it goes. Made by hand it leads
+# traffic to weir's ports whether or not a weir runs; the next `weir run` takes its place.
 ";
 const NOTHING_STANDS: &str = "nothing of this config can stand without a running weir: `weir run` makes it all, and takes it along\n";

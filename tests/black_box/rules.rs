@@ -157,6 +157,11 @@ c, _ = s.accept(); print(*c.getsockname()[:2], flush=True)";
     assert_ne!(kernel(&net), before);
     out(&rules(&net, &["clear"]));
     assert_eq!(kernel(&net), before);
+    // A weir takes the place of what a hand has made.
+    by_hand(&script);
+    let weir = Weir::run(&net, "inbound: { ports: { include: [8000] } }");
+    visit(&net);
+    weir.end(&net);
 }
 
 /// What cannot be made by hand is said so; the programs of a running weir can be let go of by the line

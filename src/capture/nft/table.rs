@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::draft::{Draft, STOPPED};
-use super::{missing, refused};
+use super::{making, missing, refused};
 use crate::capture::CaptureError;
 use crate::sys::memory::text_file;
 
@@ -50,7 +50,7 @@ impl Table {
         let (chains, stop, texts) = (draft.chains(), draft.stop(), Vec::new());
         let mut table = Table { chains, child, input, revision: 0, stop, texts };
         let made = table
-            .run(&draft.table())
+            .run(&making(draft))
             .and_then(|()| table.wait_until(&["-t", "list", "table", "inet", "weir"]));
         match made {
             Ok(true) => Ok(table),
