@@ -55,6 +55,10 @@ impl Table {
         match made {
             Ok(true) => Ok(table),
             Ok(false) => Err(refused("install the nft table", &table.last_words())),
+            // It has ended before it was told anything: it knows why.
+            Err(source) if source.kind() == io::ErrorKind::BrokenPipe => {
+                Err(refused("install the nft table", &table.last_words()))
+            }
             Err(source) => Err(refused("install the nft table", &source.to_string())),
         }
     }
