@@ -8,8 +8,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -210,8 +210,8 @@ struct Running {
     /// What others did to the capture.
     rules_lost: RulesLost,
     services: Arc<Services>,
-    /// Set once it serves, if the config wants it.
-    taking_over: OnceLock<TakingOver>,
+    /// If the config wants it.
+    taking_over: Option<TakingOver>,
     workers: Vec<Handle>,
 }
 
@@ -255,15 +255,13 @@ async fn serve(mut config: Config, file: Option<&Path>) -> Result<(Arc<Running>,
     let mut admin = admin::Bound::open(&config.admin)?;
     start::fit_timers(&mut config, places::Place::all)?;
     let prepared = start::prepare(&config)?;
-    let own_ports = capturing::own_ports(&config, &config.workloads);
-    let api = takeover::Bound::open(&config, own_ports)?;
+    let api = takeover::Bound::open(&config)?;
     let running = Arc::new(start::start(&config, &prepared)?);
     admin.serve(&running);
     let mark = running.captures.then_some(OWN_MARK);
     let checks = tokio::spawn(checks::run(Arc::clone(&running.services), mark));
-    if let Some(api) = api {
-        // Empty until now.
-        let _ = running.taking_over.set(api.serve(&running, mark));
+    if let (Some(taking_over), Some(api)) = (&running.taking_over, api) {
+        taking_over.serve(api, &running, mark);
     }
     let home = start::home(&prepared)?;
     // Last of all: what is taken now must be served.
@@ -323,7 +321,7 @@ impl Running {
         let withdraw = async {
             self.bell.notified().await;
             // Before the listeners close, so that nobody is sent to a closed one.
-            if let Some(taking_over) = self.taking_over.get().cloned() {
+            if let Some(taking_over) = self.taking_over.clone() {
                 taking_over.withdraw().await;
             }
             withdrawn.notify_one();

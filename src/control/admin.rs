@@ -188,7 +188,7 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
         counted: running.counted.counts(),
         fallbacks: fallbacks.chain(running.fallback).collect(),
         losses: running.records.borrow().losses(),
-        registries: running.taking_over.get().map(TakingOver::rows).unwrap_or_default(),
+        registries: running.taking_over.as_ref().map(TakingOver::rows).unwrap_or_default(),
         rules_lost: running.rules_lost.counts(),
     };
     ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::render(&counters, extra))
@@ -196,7 +196,7 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
 
 async fn endpoints(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let (table, mut endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
-    if let Some(taking_over) = running.taking_over.get() {
+    if let Some(taking_over) = &running.taking_over {
         name_registries(&table, &mut endpoints, taking_over);
     }
     Ok::<_, Refusal>(axum::Json(endpoints))
@@ -205,7 +205,7 @@ async fn endpoints(State(running): State<Arc<Running>>) -> impl IntoResponse {
 async fn services(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let (table, endpoints) = endpoint_list(&running).await.ok_or(SILENT)?;
     let mut services = service_views(&table, &endpoints);
-    if let Some(taking_over) = running.taking_over.get() {
+    if let Some(taking_over) = &running.taking_over {
         for (service, view) in table.services().zip(&mut services) {
             let sources = taking_over.sources(&service.name);
             view.sources = sources.into_iter().map(SourceView::from).collect();

@@ -2,14 +2,15 @@
 //! From a config to running workers. Everything that can be refused is refused before anything
 //! is changed.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 
 use tokio::sync::{Notify, watch};
 
 use super::forwarding::Forwarding;
 use super::places::Place;
 use super::services::Services;
+use super::takeover::TakingOver;
 use super::tracking::{Counted, keep_below};
 use super::{InForce, RunError, Running, capturing, descriptors, listeners, routes, takeover};
 use crate::capture::{OWN_MARK, OwnPorts, PortCounts, Prepared, STEER_MARK, SourcePorts};
@@ -69,6 +70,9 @@ pub(super) fn start(
     let entered = config.takeover.as_ref().map(|takeover| takeover::enter(takeover, &services));
     let routes = routes::all(config, &plain, entered.as_ref());
     let mut sockets = listeners::open(config, prepared, &routes, cpus.len())?;
+    let own_ports = capturing::own_ports(config, &config.workloads);
+    let takeover = config.takeover.as_ref();
+    let taking_over = takeover.map(|takeover| TakingOver::new(takeover, own_ports, &services));
     let profile = Arc::new(config.profile.clone());
     let port_counts = PortCounts::new();
     let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);
@@ -112,7 +116,7 @@ pub(super) fn start(
         records: watch::Sender::new(records),
         rules_lost: capturing::RulesLost::default(),
         services,
-        taking_over: OnceLock::new(),
+        taking_over,
         workers,
     })
 }

@@ -21,16 +21,14 @@ use crate::service::{Balance, Endpoint, Manner, ServiceId};
 use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
 
 /// The application API, open and not served yet: whoever asks waits.
-pub(super) struct Bound {
-    config: Takeover,
-    listener: TcpListener,
-    own_ports: Vec<u16>,
-}
+pub(super) struct Bound(TcpListener);
 
 /// Takeover while weir runs.
 #[derive(Clone, Debug)]
 pub(super) struct TakingOver {
     desk: Arc<Mutex<Desk>>,
+    /// How services are balanced.
+    manner: Manner,
     services: Arc<Services>,
 }
 
@@ -61,7 +59,7 @@ pub(super) fn enter(takeover: &Takeover, services: &Services) -> Entered {
 
 impl Bound {
     /// `None` if the config has no takeover.
-    pub(super) fn open(config: &Config, own_ports: Vec<u16>) -> Result<Option<Bound>, RunError> {
+    pub(super) fn open(config: &Config) -> Result<Option<Bound>, RunError> {
         let Some(takeover) = &config.takeover else { return Ok(None) };
         let listen = |addr: SocketAddr| -> io::Result<TcpListener> {
             let listener = std::net::TcpListener::bind(addr)?;
@@ -70,26 +68,34 @@ impl Bound {
         };
         let listener = listen(takeover.api)
             .map_err(|source| RunError::TakeoverApi { addr: takeover.api, source })?;
-        Ok(Some(Bound { config: takeover.clone(), listener, own_ports }))
-    }
-
-    /// Works beside the caller, from now on.
-    pub(super) fn serve(self, running: &Arc<Running>, mark: Option<u32>) -> TakingOver {
-        let Bound { config, listener, own_ports } = self;
-        let manner = config.manner.clone();
-        let desk = Arc::new(Mutex::new(Desk::new(config, own_ports)));
-        let taking_over =
-            TakingOver { desk: Arc::clone(&desk), services: Arc::clone(&running.services) };
-        tokio::spawn(serve(listener, router(desk), Bounds::USUAL));
-        tokio::spawn(taking_over.clone().carry(manner));
-        tokio::spawn(taking_over.clone().keep());
-        tokio::spawn(taking_over.clone().settle(mark));
-        tokio::spawn(taking_over.clone().watch(Arc::downgrade(running), mark));
-        taking_over
+        Ok(Some(Bound(listener)))
     }
 }
 
 impl TakingOver {
+    /// With registries that are asked from now on. What is known at once (a list in the config or in a
+    /// file, and what the disk remembers) is in the table of services when this returns.
+    pub(super) fn new(
+        config: &Takeover,
+        own_ports: Vec<u16>,
+        services: &Arc<Services>,
+    ) -> TakingOver {
+        let desk = Arc::new(Mutex::new(Desk::new(config.clone(), own_ports)));
+        let manner = config.manner.clone();
+        let taking_over = TakingOver { desk, manner, services: Arc::clone(services) };
+        taking_over.carry();
+        taking_over
+    }
+
+    /// Works beside the caller, from now on.
+    pub(super) fn serve(&self, api: Bound, running: &Arc<Running>, mark: Option<u32>) {
+        tokio::spawn(serve(api.0, router(Arc::clone(&self.desk)), Bounds::USUAL));
+        tokio::spawn(self.clone().keep_carrying());
+        tokio::spawn(self.clone().keep());
+        tokio::spawn(self.clone().settle(mark));
+        tokio::spawn(self.clone().watch(Arc::downgrade(running), mark));
+    }
+
     /// Nobody shall be sent here any more: registries forget this host, and who had heard of it
     /// gets the time to hear that.
     pub(super) async fn withdraw(self) {
@@ -169,24 +175,29 @@ impl TakingOver {
         }
     }
 
-    async fn carry(self, manner: Manner) {
+    async fn keep_carrying(self) {
         let mut tick = tokio::time::interval(LOOK_EVERY);
         loop {
             tick.tick().await;
-            let changes = self.lock().changes();
-            let now = Instant::now();
-            for change in changes {
-                self.services.change(|directory| match change {
-                    Change::Application(addr) => {
-                        let of = Manner::of(Balance::RoundRobin);
-                        directory.set(services::APPLICATION, of, vec![Endpoint::new(addr)], now);
-                    }
-                    Change::Gone(name) => directory.remove(&name),
-                    Change::Service { endpoints, name } => {
-                        directory.set(&name, manner.clone(), endpoints, now);
-                    }
-                });
-            }
+            self.carry();
+        }
+    }
+
+    /// What the desk has decided goes into the table of services.
+    fn carry(&self) {
+        let changes = self.lock().changes();
+        let now = Instant::now();
+        for change in changes {
+            self.services.change(|directory| match change {
+                Change::Application(addr) => {
+                    let of = Manner::of(Balance::RoundRobin);
+                    directory.set(services::APPLICATION, of, vec![Endpoint::new(addr)], now);
+                }
+                Change::Gone(name) => directory.remove(&name),
+                Change::Service { endpoints, name } => {
+                    directory.set(&name, self.manner.clone(), endpoints, now);
+                }
+            });
         }
     }
 
@@ -230,3 +241,29 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(3);
 const WAIT_EVERY: Duration = Duration::from_millis(100);
 const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_at_once_is_there_before_the_first_worker() {
+        let lab = tempfile::TempDir::new().unwrap();
+        let file = lab.path().join("services.yaml");
+        std::fs::write(&file, "services: [{ name: b, endpoints: [\"127.0.0.1:3\"] }]\n").unwrap();
+        let config = format!(
+            "takeover: {{ registries: [{{ name: x, kind: static, services: [{{ name: a, endpoints: [\"127.0.0.1:2\"] }}] }}, \
+             {{ name: y, kind: file, path: \"{}\" }}], services: [{{ name: a }}, {{ name: b }}] }}\n",
+            file.display()
+        );
+        let config = Config::parse("weir.yaml", None, &config).unwrap();
+        let (takeover, services) = (config.takeover.unwrap(), Arc::new(Services::default()));
+        let entered = enter(&takeover, &services);
+        let _taking_over = TakingOver::new(&takeover, Vec::new(), &services);
+        let table = services.table();
+        for (id, addr) in entered.wanted.into_iter().zip(["127.0.0.1:2", "127.0.0.1:3"]) {
+            let members = table.service(id).unwrap().members();
+            assert_eq!(members[0].endpoint.addr, addr.parse().unwrap());
+        }
+    }
+}
