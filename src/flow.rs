@@ -12,7 +12,7 @@
 
 use half::{Half, Path, Target};
 use in_flight::InFlight;
-use sockmap::Bond;
+use sockmap::{Bond, Talk};
 use splice::Broken;
 
 use crate::op::{
@@ -52,11 +52,10 @@ pub struct Flow {
     lead_bytes: u32,
     /// Sides whose descriptor is lent, one bit each.
     lent: u8,
-    /// Receives that brought bytes, since the kernel was last thought of.
-    messages: u32,
     state: State,
     /// Sides whose FIN a watch has told of, one bit each.
     stirred: u8,
+    talk: Talk,
 }
 
 /// What every flow of a worker goes by; from the profile.
@@ -66,7 +65,7 @@ pub struct Rules {
     pub bulk_after_bytes: u64,
     /// Average bytes a receive must bring for its direction to count as bulky.
     pub bulk_segment_bytes: u32,
-    /// Which flows are given to the kernel; `None` for none.
+    /// Which flows are given to the kernel, and whether any is now; `None` for none ever.
     pub forwarding: Option<Forwarding>,
     /// Bytes that a pipe may hold.
     pub pipe_bytes: u32,
@@ -135,9 +134,9 @@ impl Flow {
             in_flight: InFlight::default(),
             lead_bytes: lead.map_or(0, |lead| lead.len),
             lent: 0,
-            messages: 0,
             state: State::Connecting,
             stirred: 0,
+            talk: Talk::new(),
         };
         if let Some(lead) = lead {
             flow.from_downstream.copying.push(segments, lead);
@@ -187,7 +186,7 @@ impl Flow {
     ) -> Result<(), CloseReason> {
         match completion {
             Completion::Received { side, result, .. } => match result {
-                Ok(Some(segment)) => self.received(side, segments, segment),
+                Ok(Some(segment)) => self.received(side, segment, rules, segments),
                 Ok(None) => self.half(side).ended(),
                 Err(Errno(ENOBUFS)) => self.starve(side, ops),
                 Err(Errno(ECANCELED | EAGAIN | EINTR)) => {}
@@ -199,6 +198,9 @@ impl Flow {
                 Err(_) => return Err(CloseReason::reset_by(from.other())),
             },
             Completion::Spliced { drained, filled, from } => {
+                if let Ok(bytes @ 1..) = filled {
+                    self.talk.hear(from, bytes, rules);
+                }
                 let half = self.half(from);
                 half.moved_bytes += u64::from(drained.unwrap_or(0));
                 half.source_ended |= filled == Ok(0);
@@ -357,8 +359,8 @@ impl Flow {
         ops.push(op);
     }
 
-    fn received(&mut self, side: Side, segments: &mut Segments, segment: Segment) {
-        self.messages = self.messages.saturating_add(1);
+    fn received(&mut self, side: Side, segment: Segment, rules: &Rules, segments: &mut Segments) {
+        self.talk.hear(side, segment.len, rules);
         let half = self.half(side);
         if matches!(half.path, Path::Landed(_)) {
             half.mark += u64::from(segment.len);
@@ -526,6 +528,7 @@ impl Rules {
                     Some(Forwarding {
                         after_messages: relay.sockmap_after_messages,
                         message_bytes_max: relay.sockmap_message_bytes_max,
+                        pays: false,
                     })
                 }
                 RelayMode::Sockmap if can.forward => Some(Forwarding::ALWAYS),

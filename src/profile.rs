@@ -92,11 +92,12 @@ pub struct Relay {
     pub pipe_bytes: u32,
     /// Most buffers one direction may hold; its receive is paused above it.
     pub segments_max: u16,
-    /// A flow in which as many messages have come may be given to the kernel; 0: `auto` gives none.
+    /// A flow in which as many small messages have come in turn may be given to the kernel; 0:
+    /// `auto` gives none.
     pub sockmap_after_messages: u32,
     /// Bytes a peer may be behind what the kernel has forwarded to it.
     pub sockmap_credit_bytes: u32,
-    /// How large those messages may be on average.
+    /// How large those messages may be.
     pub sockmap_message_bytes_max: u32,
     /// A direction that has moved this many bytes may be spliced.
     pub splice_after_bytes: u64,

@@ -72,6 +72,8 @@ pub struct Ring {
     overflows: u64,
     pipes: Pipes,
     scratch: Scratch,
+    /// `None` where nobody wants to know.
+    sleeps: Option<u64>,
     spin: Spin,
     steps: VecDeque<(Token, Step)>,
 }
@@ -105,6 +107,20 @@ impl Ring {
     #[must_use]
     pub const fn enters(&self) -> u64 {
         self.enters
+    }
+
+    /// From now on sleeps are counted, which takes a syscall before each.
+    pub const fn count_sleeps(&mut self) {
+        self.sleeps = Some(0);
+    }
+
+    /// Turns that had nothing to do and slept until something came, since they are counted.
+    #[must_use]
+    pub const fn sleeps(&self) -> u64 {
+        match self.sleeps {
+            Some(sleeps) => sleeps,
+            None => 0,
+        }
     }
 
     /// Turns that found the completion queue full. The kernel keeps what had no room, so nothing is

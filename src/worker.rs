@@ -40,6 +40,7 @@ use sockmap::Forwarded;
 use timers::TimerTicks;
 use trial::Trial;
 use turn::Worker;
+use waking::Waking;
 use wheel::{Clock, Wheel};
 
 mod accept;
@@ -61,6 +62,7 @@ mod tests;
 mod timers;
 mod trial;
 mod turn;
+mod waking;
 mod wheel;
 
 /// What a worker starts with.
@@ -430,7 +432,7 @@ impl Worker {
         let (buffers, ring) = (&profile.buffers, &profile.ring);
         let headers = headers_max(&setup.share);
         let tuned = setup.listeners.iter().try_for_each(|listener| dial.tune(listener.fd.as_fd()));
-        let ring = tuned
+        let mut ring = tuned
             .and_then(|()| {
                 Ring::open(ring::Setup { buffers, dial, flows_max, headers, ring, splice })
             })
@@ -442,6 +444,11 @@ impl Worker {
             forward: sockmap.is_some() && spliced_flows_max > 0,
             splice: ring.features().splice && spliced_flows_max > 0 && pipes_max > 0,
         };
+        let is_auto = profile.relay.mode == RelayMode::Auto;
+        let waking = (can.forward && is_auto).then(|| {
+            ring.count_sleeps();
+            Waking::default()
+        });
         Ok(Worker {
             batch: Batch::new(),
             breaker: Breaker::new(),
@@ -467,7 +474,8 @@ impl Worker {
             listening,
             starved: VecDeque::with_capacity(flows_max as usize * 2),
             ticks: TimerTicks::new(&profile.timeouts, profile.sockets.keepalive.is_some()),
-            trial: (can.splice && profile.relay.mode == RelayMode::Auto).then(Trial::new),
+            trial: (can.splice && is_auto).then(Trial::new),
+            waking,
             wheel: Wheel::new(flows_max),
             counters,
             setup,

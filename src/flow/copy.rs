@@ -163,11 +163,6 @@ impl Copying {
             && u64::from(self.burst.bytes) >= u64::from(self.burst.count) * u64::from(wanted)
     }
 
-    /// Of what the last receive brought; `None` where it brought nothing yet.
-    pub(super) fn average_bytes(&self) -> Option<u32> {
-        self.burst.bytes.checked_div(u32::from(self.burst.count))
-    }
-
     fn cancel(&mut self, side: Side) -> Option<Op> {
         self.receive = Receive::Cancelled;
         Some(Op::Cancel(Request::Receive(side)))

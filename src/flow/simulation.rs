@@ -88,8 +88,12 @@ impl World {
                 bulk_segment_bytes: 8,
                 forwarding: [
                     None,
-                    Some(Forwarding { after_messages: 0, message_bytes_max: u32::MAX }),
-                    Some(Forwarding { after_messages: 3, message_bytes_max: 20 }),
+                    Some(Forwarding::ALWAYS),
+                    Some(Forwarding {
+                        after_messages: 3,
+                        message_bytes_max: 20,
+                        pays: random.one_in(2),
+                    }),
                 ][random.below(3) as usize],
                 pipe_bytes: 1 + random.below(60) as u32,
                 segments_max: 2 + random.below(6) as u16,
@@ -441,6 +445,9 @@ fn live(seed: u64) -> (CloseReason, [u64; Relay::COUNT]) {
         let completion = world.next().expect("a living flow waits for something");
         if world.random.one_in(30) {
             world.rules.splice = promotion(&mut world.random);
+            if let Some(forwarding) = &mut world.rules.forwarding {
+                forwarding.pays = !forwarding.pays;
+            }
         }
         let before = Side::BOTH.map(|from| flow.relay(from));
         flow.step(completion, &world.rules, &mut world.segments, &mut ops);

@@ -47,15 +47,44 @@ pub(super) enum Landing {
 /// When a flow is given to the kernel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Forwarding {
-    /// Messages received before.
+    /// Small messages that have come in turn, from one side and then from the other; below 2^16.
     pub after_messages: u32,
-    /// Those of the last receive request may be as large, on average.
+    /// What comes at once and is larger was no small message: the count begins anew.
     pub message_bytes_max: u32,
+    /// User space is woken for what comes, so that the kernel serves better. May change while flows
+    /// live.
+    pub pays: bool,
+}
+
+/// Small messages in turn: what tells talk from bulk. Bulk has small pieces too, at its start, at its
+/// end and on a slow path, but they come from one side.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Talk {
+    last: Side,
+    messages: u16,
+}
+
+impl Talk {
+    pub(super) const fn new() -> Talk {
+        Talk { last: Side::Upstream, messages: 0 }
+    }
+
+    /// So many bytes have come at once.
+    pub(super) fn hear(&mut self, from: Side, bytes: u32, rules: &Rules) {
+        let Some(forwarding) = rules.forwarding else { return };
+        if bytes > forwarding.message_bytes_max {
+            self.messages = 0;
+        } else if from != self.last {
+            self.messages = self.messages.saturating_add(1);
+        }
+        self.last = from;
+    }
 }
 
 impl Forwarding {
     /// Every flow, as soon as there is a quiet moment.
-    pub const ALWAYS: Forwarding = Forwarding { after_messages: 0, message_bytes_max: u32::MAX };
+    pub const ALWAYS: Forwarding =
+        Forwarding { after_messages: 0, message_bytes_max: u32::MAX, pays: true };
 }
 
 impl Flow {
@@ -70,7 +99,7 @@ impl Flow {
             // Something came: it goes by copy, and another quiet moment will come.
             Bond::Gathering if !self.is_quiet() => {
                 self.bond = Bond::Apart;
-                self.messages = 0;
+                self.talk = Talk::new();
                 self.set_paths(Path::Copy);
                 Side::BOTH.into_iter().for_each(|from| self.drive(from, rules, ops));
             }
@@ -134,16 +163,15 @@ impl Flow {
         }
     }
 
-    /// Both talk in small messages, have done so for a while, and nobody is saying anything.
+    /// Both have talked in small messages for a while, and nobody is saying anything.
     fn deserves_sockmap(&self, rules: &Rules) -> bool {
         let Some(forwarding) = rules.forwarding else { return false };
         let halves = [&self.from_downstream, &self.from_upstream];
         self.state == State::Relaying
-            && self.messages >= forwarding.after_messages
+            && forwarding.pays
+            && u32::from(self.talk.messages) >= forwarding.after_messages
             && self.is_quiet()
-            && halves.iter().all(|half| {
-                half.path == Path::Copy && half.message_bytes() <= forwarding.message_bytes_max
-            })
+            && halves.iter().all(|half| half.path == Path::Copy)
     }
 
     fn is_quiet(&self) -> bool {
@@ -163,12 +191,6 @@ impl Half {
     /// Lives, with nothing received that was not sent.
     fn is_quiet(&self) -> bool {
         !self.source_ended && self.target == Target::Open && self.copying.is_flushed()
-    }
-
-    /// What the last messages had on average. Unknown between two receives: bulk looks so, too.
-    fn message_bytes(&self) -> u32 {
-        let unknown = if self.moved_bytes == 0 { 0 } else { u32::MAX };
-        self.copying.average_bytes().unwrap_or(unknown)
     }
 
     /// Begins a path on which bytes received in user space are counted apart.
@@ -222,5 +244,36 @@ impl Half {
         };
         self.path = Path::Landed(next);
         Some(op)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Can;
+    use crate::profile::Profile;
+
+    fn talk(pieces: impl IntoIterator<Item = (Side, u32)>) -> u16 {
+        let rules = Rules::new(&Profile::default(), Can { forward: true, splice: true });
+        let mut talk = Talk::new();
+        pieces.into_iter().for_each(|(from, bytes)| talk.hear(from, bytes, &rules));
+        talk.messages
+    }
+
+    #[test]
+    fn only_small_messages_in_turn_are_talk() {
+        let (down, up) = (Side::Downstream, Side::Upstream);
+        assert_eq!(talk([(down, 64), (up, 4096)].repeat(10)), 20);
+        assert_eq!(talk(vec![(down, 1448); 1000]), 1, "bulk on a slow path");
+        assert_eq!(talk([(down, 64), (up, 64), (up, 5000), (down, 64)]), 1, "a large answer");
+        assert_eq!(
+            talk(
+                vec![(down, 1); 70_000]
+                    .into_iter()
+                    .zip(vec![(up, 1); 70_000])
+                    .flat_map(<[_; 2]>::from)
+            ),
+            u16::MAX
+        );
     }
 }

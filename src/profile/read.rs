@@ -92,7 +92,7 @@ fn relay(mut section: Section, relay: &mut Relay, mistakes: &mut Mistakes) {
     set(&mut relay.window_bytes, section.number("window_bytes", 4096..=64 << 20, mistakes));
     set(&mut relay.bulk_after_bytes, section.number("bulk_after_bytes", 0..=1 << 40, mistakes));
     set(&mut relay.segments_max, section.number("segments_max", 2..=4096, mistakes));
-    let after = section.number("sockmap_after_messages", 0..=1 << 30, mistakes);
+    let after = section.number("sockmap_after_messages", 0..=65_535, mistakes);
     set(&mut relay.sockmap_after_messages, after);
     let bytes = section.number("sockmap_message_bytes_max", 1..=1 << 20, mistakes);
     set(&mut relay.sockmap_message_bytes_max, bytes);

@@ -152,6 +152,7 @@ impl Ring {
             cancels: Cancels::new(setup.flows_max),
             dialling: false,
             enters: 0,
+            sleeps: None,
             features: Features { deferred_work, ..Features::default() },
             flows_max: setup.flows_max,
             overflows: 0,

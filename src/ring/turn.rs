@@ -73,7 +73,7 @@ impl Ring {
         } else if self.spin.is_on() {
             self.spin_then_sleep(patience)?;
         } else {
-            self.enter(1, patience)?;
+            self.sleep(patience)?;
         }
         self.reap(batch);
         Ok(())
@@ -131,7 +131,7 @@ impl Ring {
     fn spin_then_sleep(&mut self, patience: Option<Duration>) -> Result<(), RingError> {
         let Some(window) = self.spin.window() else {
             let began = Instant::now();
-            self.enter(1, patience)?;
+            self.sleep(patience)?;
             self.spin.waited(began.elapsed());
             return Ok(());
         };
@@ -140,7 +140,7 @@ impl Ring {
         let mut spun = Duration::ZERO;
         while self.io.completion().is_empty() {
             if spun >= window {
-                self.enter(1, patience)?;
+                self.sleep(patience)?;
                 break;
             }
             if self.io.submission().taskrun() {
@@ -151,6 +151,22 @@ impl Ring {
         }
         self.spin.waited(began.elapsed());
         Ok(())
+    }
+
+    /// Submits, and sleeps unless that brought something already: in two steps, to know which, where
+    /// sleeps are counted.
+    fn sleep(&mut self, patience: Option<Duration>) -> Result<(), RingError> {
+        if let Some(sleeps) = &mut self.sleeps {
+            let before = *sleeps;
+            if !self.io.submission().is_empty() {
+                self.enter(0, None)?;
+                if !self.io.completion().is_empty() {
+                    return Ok(());
+                }
+            }
+            self.sleeps = Some(before + 1);
+        }
+        self.enter(1, patience)
     }
 
     /// Hands over what waits in the submission queue, as the last thing before the ring closes.

@@ -17,6 +17,7 @@ use super::slab::{Peers, Slab};
 use super::sockmap::{self, Forwarded};
 use super::timers::TimerTicks;
 use super::trial::Trial;
+use super::waking::Waking;
 use super::wheel::{Clock, Wheel};
 use super::{FlowRow, Setup};
 use crate::flow::{Flow, Ops, Rules, Segments};
@@ -57,6 +58,8 @@ pub(super) struct Worker {
     pub(super) ticks: TimerTicks,
     /// Where `auto` may splice.
     pub(super) trial: Option<Trial>,
+    /// Where `auto` may give flows to the kernel.
+    pub(super) waking: Option<Waking>,
     pub(super) wheel: Wheel,
 }
 
@@ -82,9 +85,7 @@ impl Worker {
         }
         self.splice();
         self.forward();
-        if let Some(trial) = &mut self.trial {
-            self.rules.splice = trial.judge(self.clock.elapsed(), || self.counters.bytes());
-        }
+        self.judge();
         self.return_buffers();
         self.share_buffers();
         self.expire();
@@ -95,6 +96,18 @@ impl Worker {
         self.counters.ring_enters.set(self.ring.enters());
         self.counters.ring_overflows.set(self.ring.overflows());
         Ok(())
+    }
+
+    /// Which relays `auto` takes from now on.
+    fn judge(&mut self) {
+        if let Some(trial) = &mut self.trial {
+            self.rules.splice = trial.judge(self.clock.elapsed(), || self.counters.bytes());
+        }
+        if let Some((waking, forwarding)) = self.waking.as_mut().zip(self.rules.forwarding.as_mut())
+        {
+            let completions = self.counters.ring_completions.value();
+            forwarding.pays = waking.judge(completions, self.ring.sleeps());
+        }
     }
 
     /// How long the ring may sleep.
