@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use weir::bpf::sockmap::Sockmap;
 use weir::capture::{PortCounts, SourcePorts};
 use weir::config::ProxyProtocol;
 use weir::op::Relay;
@@ -25,7 +26,12 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// A worker with a listener to `upstream`; with a limit for each source, connections come the way
 /// that captured ones do.
-fn start(upstream: SocketAddr, flows_per_source_max: u32, mode: RelayMode) -> (Handle, SocketAddr) {
+fn start(
+    upstream: SocketAddr,
+    flows_per_source_max: u32,
+    mode: RelayMode,
+    sockmap: Option<Sockmap>,
+) -> (Handle, SocketAddr) {
     let mut profile = Profile::default();
     profile.relay.mode = mode;
     let options = ListenOptions { backlog: 64, nodelay: true, ..ListenOptions::default() };
@@ -58,7 +64,7 @@ fn start(upstream: SocketAddr, flows_per_source_max: u32, mode: RelayMode) -> (H
             sockmap_flows_max: 64,
             spliced_flows_max: 100,
         },
-        sockmap: None,
+        sockmap,
         source_ports: SourcePorts::new(PortCounts::new(), 0, 1),
     });
     (handle.unwrap(), addr)
@@ -83,9 +89,9 @@ fn live(weir: SocketAddr, upstream: &TcpListener, chunk: &mut [u8]) {
     assert_eq!(client.read(chunk).unwrap(), 0);
 }
 
-fn allocations(flows_per_source_max: u32, mode: RelayMode) -> usize {
+fn allocations(flows_per_source_max: u32, mode: RelayMode, sockmap: Option<Sockmap>) -> usize {
     let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max, mode);
+    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max, mode, sockmap);
     let mut chunk = vec![7; 100_000];
     let mut open: Vec<(TcpStream, TcpStream)> = Vec::with_capacity(50);
     for _ in 0..50 {
@@ -104,9 +110,12 @@ fn allocations(flows_per_source_max: u32, mode: RelayMode) -> usize {
         }
     }
     let change = region.change();
-    let spliced = &handle.counters().bytes_to_upstream[Relay::Splice as usize];
-    let is_spliced = spliced.iter().any(|counter| counter.value() > 0);
-    assert_eq!(is_spliced, mode == RelayMode::Splice);
+    for (relay, of_mode) in
+        [(Relay::Splice, RelayMode::Splice), (Relay::Sockmap, RelayMode::Sockmap)]
+    {
+        let moved = &handle.counters().bytes_to_upstream[relay as usize];
+        assert_eq!(moved.iter().any(|counter| counter.value() > 0), mode == of_mode);
+    }
     drop(open);
     assert!(handle.drain(Duration::ZERO));
     handle.join().unwrap();
@@ -116,9 +125,18 @@ fn allocations(flows_per_source_max: u32, mode: RelayMode) -> usize {
 #[test]
 fn worker_in_its_steady_state_allocates_nothing() {
     let (auto, splice) = (RelayMode::Auto, RelayMode::Splice);
-    assert_eq!(allocations(0, auto), 0, "connections that come as slots");
-    assert_eq!(allocations(400, auto), 0, "connections that come as descriptors");
-    assert_eq!(allocations(0, splice), 0, "connections that are spliced");
+    assert_eq!(allocations(0, auto, None), 0, "connections that come as slots");
+    assert_eq!(allocations(400, auto, None), 0, "connections that come as descriptors");
+    assert_eq!(allocations(0, splice, None), 0, "connections that are spliced");
+    // Needs root; skipped without, but where `CI` is set.
+    match Sockmap::load(64, 256 << 10) {
+        Ok(loaded) => {
+            let count = allocations(0, RelayMode::Sockmap, Some(loaded));
+            assert_eq!(count, 0, "connections that the kernel forwards");
+        }
+        Err(error) if std::env::var_os("CI").is_none() => eprintln!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    }
     // Only so that the counter is known to count.
     let region = Region::new(ALLOCATOR);
     drop(vec![0u8; 4096]);

@@ -10,28 +10,8 @@ use socket2::SockRef;
 
 use crate::harness::rig::{LISTEN, Rig, SERVER};
 use crate::harness::{
-    Net, Place, Random, Weir, check, echo, expect_eof, expect_reset, receive, rounds, run, send,
-    until,
+    Net, Place, Random, Weir, echo, expect_eof, expect_reset, receive, rounds, run, send, until,
 };
-
-/// RL2: the last block and FIN in one segment, after the other direction has ended.
-#[test]
-fn last_block_that_comes_with_fin_is_delivered() {
-    let rig = Rig::new();
-    for seed in 0..200 {
-        let (mut client, mut server) = rig.pair();
-        client.shutdown(Shutdown::Write).unwrap();
-        expect_eof(&server);
-        // Corked, data and FIN leave together.
-        SockRef::from(&server).set_tcp_cork(true).unwrap();
-        send(&mut server, seed, 700).unwrap();
-        drop(server);
-        check(&mut client, seed, 700);
-        expect_eof(&client);
-    }
-    until("all finished", || rig.weir.closed("finished") == 200);
-    rig.end();
-}
 
 /// RL4, IO4: a reset of either end arrives at the other end as a reset, wherever it happens, and
 /// both sockets are gone.

@@ -37,6 +37,20 @@ impl Rig {
         (client, server)
     }
 
+    /// A pair that this relay has taken over, as far as it does so by itself.
+    pub(crate) fn pair_in(&self, relay: &str) -> (TcpStream, TcpStream) {
+        if relay == "sockmap" { self.joined() } else { self.pair() }
+    }
+
+    /// A pair that the kernel forwards between, both ways.
+    pub(crate) fn joined(&self) -> (TcpStream, TcpStream) {
+        let joined = || self.weir.metric("weir_relay_changes_total", &["to=\"sockmap\""]);
+        let before = joined();
+        let pair = self.pair();
+        until("the kernel forwards", || joined() >= before + 2);
+        pair
+    }
+
     /// Every flow has ended: weir ends too, and leaves nothing.
     pub(crate) fn end(self) {
         drop(self.listener);
@@ -109,6 +123,7 @@ impl Read for Paced<'_> {
 pub(crate) const LISTEN: &str = "10.98.1.1:7000";
 /// Where its upstream is.
 pub(crate) const SERVER: &str = "10.98.2.2:7001";
-const FORWARD: [&str; 4] = ["--listen", LISTEN, "--to", SERVER];
+/// The arguments that say so.
+pub(crate) const FORWARD: [&str; 4] = ["--listen", LISTEN, "--to", SERVER];
 /// Long enough to fill every socket and buffer.
 const STALL: Duration = Duration::from_millis(300);
