@@ -254,7 +254,9 @@ mod tests {
     use crate::profile::Profile;
 
     fn talk(pieces: impl IntoIterator<Item = (Side, u32)>) -> u16 {
-        let rules = Rules::new(&Profile::default(), Can { forward: true, splice: true });
+        let mut profile = Profile::default();
+        profile.relay.sockmap_after_messages = 2;
+        let rules = Rules::new(&profile, Can { forward: true, splice: true });
         let mut talk = Talk::new();
         pieces.into_iter().for_each(|(from, bytes)| talk.hear(from, bytes, &rules));
         talk.messages
