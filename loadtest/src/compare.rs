@@ -23,6 +23,7 @@ mod lab;
 mod machine;
 mod matrix;
 mod programs;
+mod progress;
 pub(crate) mod result;
 pub(crate) mod select;
 pub(crate) mod shown;

@@ -7,13 +7,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::figures;
 use super::lab::Lab;
 use super::programs::{self, Common, Started};
+use super::progress::{Left, Progress};
 use super::result::Comparison;
 use super::select::Workload;
 use crate::run::Kind;
@@ -52,30 +52,24 @@ pub(super) fn measure(
     let rounds = (1..=plan.rounds).flat_map(|round| cells.iter().map(move |cell| (round, *cell)));
     let mut steps: Steps = rounds.collect();
     let first_ones = u32::try_from(steps.len())?;
-    let bar = progress(first_ones.into());
+    let each = Duration::from_secs_f64(plan.seconds + WARMUP_SECONDS);
+    let mut progress = Progress::new(first_ones, each, plan.until);
     let mut nearest = f64::INFINITY;
-    let (mut done, mut spent) = (0, Duration::ZERO);
     while !is_interrupted() {
-        let Some((round, (place, index))) = steps.pop_front() else {
-            figures::mark(comparison, nearest);
+        let is_repeat = progress.done() >= first_ones;
+        if steps.is_empty() {
             steps = disturbed(comparison, targets, workloads);
-            if steps.is_empty() {
-                break;
-            }
-            bar.set_length(u64::from(done) + steps.len() as u64);
-            continue;
-        };
-        let is_repeat = done >= first_ones;
-        if is_repeat && (done >= REPEATS_MAX * first_ones || Instant::now() > plan.until) {
+        }
+        let is_enough = progress.done() >= REPEATS_MAX * first_ones || Instant::now() > plan.until;
+        let Some((round, (place, index))) = steps.pop_front() else { break };
+        if is_repeat && is_enough {
             break;
         }
         let (workload, target) = (&workloads[index], &mut targets[place]);
         let turn = if is_repeat { "disturbed, again".to_owned() } else { format!("round {round}") };
-        bar.set_message(format!("{turn}: {}, {workload}", target.about.name));
-        let left = u32::try_from(steps.len() + 1)?;
-        let until = Instant::now() + spent / done.max(1) * left;
-        let wait = plan.until.saturating_duration_since(until);
-        let before = once_near(plan, target, workload, &mut nearest, wait);
+        progress.begin(left(&steps, is_repeat, comparison)?);
+        let before = once_near(plan, target, workload, &mut nearest, &mut progress);
+        progress.say(format!("{turn}: {}, {workload}", target.about.name));
         let began = Instant::now();
         let measured = afresh(plan, lab, target, workload)
             .and_then(|()| one(plan, target, workload))
@@ -87,41 +81,51 @@ pub(super) fn measure(
             }
             // Cut short: no figure.
             Err(_) if is_interrupted() => {}
-            Err(error) => warn(&bar, comparison, format!("{error:#}")),
+            Err(error) => {
+                let text = format!("{error:#}");
+                progress.warn(&text);
+                comparison.warnings.push(text);
+            }
         }
         settle(target, idle[place]);
-        done += 1;
-        spent += began.elapsed();
-        step(&bar);
-        if (done as usize).is_multiple_of(cells.len()) {
+        progress.step(began.elapsed());
+        figures::mark(comparison, nearest);
+        if (progress.done() as usize).is_multiple_of(cells.len()) {
             comparison.write(&plan.out)?;
         }
     }
-    bar.finish_and_clear();
-    figures::mark(comparison, nearest);
     figures::gather(comparison);
     Ok(())
 }
 
-fn warn(bar: &ProgressBar, comparison: &mut Comparison, text: String) {
-    bar.suspend(|| eprintln!("warning: {text}"));
-    comparison.warnings.push(text);
+/// The steps, and one more that was just taken from them.
+fn left(steps: &Steps, is_repeat: bool, comparison: &Comparison) -> Result<Left> {
+    let count = u32::try_from(steps.len())? + 1;
+    if is_repeat {
+        return Ok(Left { again: count, first: 0 });
+    }
+    let rounds = comparison.cells.iter().flat_map(|cell| &cell.rounds);
+    let again = u32::try_from(rounds.filter(|round| round.was_disturbed).count())?;
+    Ok(Left { again, first: count })
 }
 
-/// Waits, but no longer than `most`, until the CPUs are as near as they can be; how near they are.
+/// Waits, as long as there is time for it, until the CPUs are as near as they can be; how near they
+/// are.
 fn once_near(
     plan: &Plan,
     target: &Started,
     workload: &Workload,
     nearest: &mut f64,
-    most: Duration,
+    progress: &mut Progress,
 ) -> f64 {
-    let until = Instant::now() + most;
+    let since = Instant::now();
     loop {
         let apart = distance(plan, target, workload, nearest);
-        if !near::is_far(apart, *nearest) || Instant::now() > until || is_interrupted() {
+        let is_over = progress.patience().is_zero() || is_interrupted();
+        if !near::is_far(apart, *nearest) || is_over {
             return apart;
         }
+        progress.wait(since);
         std::thread::sleep(near::LOOK_EVERY);
     }
 }
@@ -183,26 +187,6 @@ fn afresh(plan: &Plan, lab: &mut Lab, target: &mut Started, workload: &Workload)
         *target = programs::run(lab, &plan.common, target.clone())?;
     }
     target.site.forget_tracked()
-}
-
-fn progress(total: u64) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    let shape = "{wide_bar} {pos}/{len}  {msg}  about {eta} left";
-    // The template is a constant, and right.
-    if let Ok(style) = ProgressStyle::with_template(shape) {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
-}
-
-/// One more is done; where nobody sees a bar, a line for every tenth.
-fn step(bar: &ProgressBar) {
-    bar.inc(1);
-    let (done, total) = (bar.position(), bar.length().unwrap_or(1));
-    if bar.is_hidden() && done * 10 / total != (done - 1) * 10 / total {
-        eprintln!("{done} of {total} measured, about {} s left", bar.eta().as_secs());
-    }
 }
 
 /// One measurement, by a generator of its own.
