@@ -139,9 +139,11 @@ impl Forecast {
         each.saturating_mul(steps)
     }
 
-    fn left(&self, left: Left, budget: Duration) -> Duration {
-        let first = self.of(left.first);
-        (first + self.of(left.again)).min(budget.max(first))
+    /// Of what was not measured yet as much will be disturbed as of what was.
+    fn left(&self, Left { again, first }: Left, budget: Duration) -> Duration {
+        let again = again + again.saturating_mul(first).checked_div(self.done).unwrap_or(0);
+        let must = self.of(first);
+        (must + self.of(again)).min(budget.max(must))
     }
 }
 
@@ -176,9 +178,9 @@ mod tests {
         for (forecast, first, again, budget, left) in [
             (none, 100, 0, 170, 100), // A guess, as long as nothing is known.
             (some, 50, 0, 170, 100),
-            (some, 50, 10, 170, 120),
+            (some, 50, 2, 170, 124), // Two of the first ten, so ten more of fifty.
             (some, 50, 50, 170, 170), // Repeats end with the budget,
-            (some, 50, 50, 30, 100),  // what was never measured does not.
+            (some, 50, 50, 30, 100), // what was never measured does not.
             (some, 0, 50, 30, 30),
             (some, 0, 0, 30, 0),
         ] {
