@@ -15,7 +15,7 @@ use machine::Machine;
 use matrix::{Plan, WARMUP_SECONDS};
 use programs::{Common, Started};
 use result::Comparison;
-use select::{Asked, Selection, Target, Way};
+use select::{Selection, Target, Way};
 
 mod difference;
 mod figures;
@@ -113,16 +113,7 @@ fn here(arguments: &Compare) -> Result<Exit> {
 
 /// What was asked for, and that it can be had.
 fn wanted(arguments: &Compare) -> Result<Selection> {
-    let selection = select::select(&Asked {
-        modes: &arguments.modes,
-        peers: &arguments.peers,
-        profiles: &arguments.profiles,
-        relays: &arguments.relays,
-        vary: arguments.vary.as_ref(),
-        workers: &arguments.workers,
-        workloads: &arguments.workloads,
-    })
-    .map_err(Usage::of)?;
+    let selection = arguments.selection().map_err(Usage::of)?;
     check(arguments, &selection).map_err(Usage::of)?;
     Comparison::can_write(&arguments.out)?;
     if arguments.syscalls {
