@@ -25,7 +25,9 @@ mod etcd;
 mod file;
 mod fixed;
 mod kept;
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
 mod layout;
+#[cfg(any(feature = "etcd", feature = "sofa", feature = "zookeeper"))]
 mod link;
 mod shelf;
 #[cfg(feature = "sofa")]

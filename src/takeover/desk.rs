@@ -13,13 +13,14 @@ pub use self::disk::Page;
 use super::belief::Reason;
 use super::book::{Book, Source, Suspect};
 #[cfg(feature = "etcd")]
-use super::etcd;
+use super::etcd::Etcd;
+#[cfg(any(feature = "etcd", feature = "sofa", feature = "zookeeper"))]
 use super::link::Remote;
 use super::shelf::Shelf;
 #[cfg(feature = "sofa")]
-use super::sofa;
+use super::sofa::SofaRegistry;
 #[cfg(feature = "zookeeper")]
-use super::zookeeper;
+use super::zookeeper::Zookeeper;
 use super::{FileRegistry, FixedRegistry, Provider, Registry, Standing};
 use crate::config::{RegistryKind, Takeover, is_service_name};
 use crate::service::Endpoint;
@@ -448,30 +449,21 @@ impl std::fmt::Debug for Desk {
 }
 
 fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
+    let name = &one.name;
     match &one.kind {
         #[cfg(feature = "etcd")]
-        RegistryKind::Etcd(settings) => {
-            let settings = settings.clone();
-            Box::new(Remote::spawn(&one.name, |link| etcd::run(link, settings)))
-        }
-        #[cfg(not(feature = "etcd"))]
-        RegistryKind::Etcd(_) => Box::new(FixedRegistry::new(&one.name, &[])),
-        RegistryKind::File(path) => Box::new(FileRegistry::new(&one.name, path)),
+        RegistryKind::Etcd(settings) => Box::new(Remote::spawn(name, Etcd::new(settings))),
+        RegistryKind::File(path) => Box::new(FileRegistry::new(name, path)),
         #[cfg(feature = "sofa")]
-        RegistryKind::Sofa(settings) => {
-            let settings = settings.clone();
-            Box::new(Remote::spawn(&one.name, |link| sofa::run(link, settings)))
-        }
-        #[cfg(not(feature = "sofa"))]
-        RegistryKind::Sofa(_) => Box::new(FixedRegistry::new(&one.name, &[])),
-        RegistryKind::Static(services) => Box::new(FixedRegistry::new(&one.name, services)),
+        RegistryKind::Sofa(settings) => Box::new(Remote::spawn(name, SofaRegistry::new(settings))),
+        RegistryKind::Static(services) => Box::new(FixedRegistry::new(name, services)),
         #[cfg(feature = "zookeeper")]
         RegistryKind::Zookeeper(settings) => {
-            let settings = settings.clone();
-            Box::new(Remote::spawn(&one.name, |link| zookeeper::run(link, settings)))
+            Box::new(Remote::spawn(name, Zookeeper::new(settings)))
         }
-        #[cfg(not(feature = "zookeeper"))]
-        RegistryKind::Zookeeper(_) => Box::new(FixedRegistry::new(&one.name, &[])),
+        // The config has refused it.
+        #[cfg(not(all(feature = "etcd", feature = "sofa", feature = "zookeeper")))]
+        _ => Box::new(FixedRegistry::new(name, &[])),
     }
 }
 

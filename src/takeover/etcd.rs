@@ -18,43 +18,40 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use self::gateway::{Failure, Gateway, Watch, Why, decoded, encoded, number};
 use super::Provider;
-use super::link::{Backoff, Life, Link, password_of};
+use super::link::{Backend, Life, Link, password_of};
 use super::writer::{Owner, Store, Writer};
 use crate::config::{Credentials, Tree};
 
 mod gateway;
 
-/// Works until it is aborted: whatever happens to the cluster, it comes back to it.
-pub(super) async fn run(link: Arc<Link>, settings: Tree) {
-    let settings = Arc::new(settings);
-    let mut backoff = Backoff::new();
-    loop {
-        let Err(trouble) = attempt(&link, &settings, &mut backoff).await;
-        link.note_failure(&trouble);
-        backoff.pause().await;
+/// A cluster.
+pub(super) struct Etcd(Arc<Tree>);
+
+impl Etcd {
+    pub(super) fn new(settings: &Tree) -> Etcd {
+        Etcd(Arc::new(settings.clone()))
     }
 }
 
-/// One session, from its beginning to its end.
-async fn attempt(
-    link: &Arc<Link>,
-    settings: &Arc<Tree>,
-    backoff: &mut Backoff,
-) -> Result<Infallible, Trouble> {
-    let (gateway, lease) = open(settings).await?;
-    backoff.reset();
-    link.note_session();
-    let keeper = keep_alive(gateway.twin(), lease.clone());
-    let mut session = Session::new(link, settings, gateway, lease);
-    tokio::select! {
-        ended = keeper => Ok(ended?),
-        ended = session.serve() => Ok(ended?),
+impl Backend for Etcd {
+    type Failure = Trouble;
+
+    async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Trouble> {
+        let Etcd(settings) = self;
+        let (gateway, lease) = open(settings).await?;
+        link.note_session();
+        let keeper = keep_alive(gateway.twin(), lease.clone());
+        let mut session = Session::new(link, settings, gateway, lease);
+        tokio::select! {
+            ended = keeper => Ok(ended?),
+            ended = session.serve() => Ok(ended?),
+        }
     }
 }
 
 /// Why there is no session.
 #[derive(Debug, thiserror::Error)]
-enum Trouble {
+pub(super) enum Trouble {
     #[error(transparent)]
     Call(#[from] Failure),
     #[error("read the password in {path}: {source}")]

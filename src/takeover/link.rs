@@ -2,19 +2,33 @@
 //! Between the desk, which never waits, and a task that talks to a registry on the network.
 //!
 //! Each side leaves notes for the other: what is wanted, what the registry holds, what it says. A
-//! later note takes the place of an earlier one about the same service, so nothing piles up.
+//! later note takes the place of an earlier one about the same service, so nothing piles up. The task
+//! works until it is aborted: whatever happens to the registry, it comes back to it.
 
 #![expect(clippy::disallowed_types, reason = "no worker comes here, and nobody waits inside")]
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::AbortHandle;
 
 use super::{Provider, Registry, Snapshot, Standing};
+
+/// A kind of registry on the network: how a session with it goes.
+pub(super) trait Backend: Send + 'static {
+    /// Why there is no session.
+    type Failure: Display + Send;
+
+    /// One session, from its beginning, which `link` is told, to its end.
+    fn session(
+        &mut self,
+        link: &Arc<Link>,
+    ) -> impl Future<Output = Result<Infallible, Self::Failure>> + Send;
+}
 
 /// The desk's end: a registry on the network, whatever its kind.
 #[derive(Debug)]
@@ -37,6 +51,8 @@ struct Notes {
     held: BTreeMap<String, Provider>,
     /// By service: what the desk has not heard yet.
     news: BTreeMap<String, Snapshot>,
+    /// Of the session that there is.
+    since: Option<Instant>,
     standing: Standing,
     /// Snapshots of these are wanted; by service, in which life of the subscription.
     subscribed: BTreeMap<String, Life>,
@@ -50,28 +66,35 @@ struct Notes {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Life(pub(super) u64);
 
-/// The task's own tasks: one for each service that is subscribed to, for each life of its subscription.
-#[derive(Debug, Default)]
-pub(super) struct Followers {
-    by_service: BTreeMap<String, (Life, AbortHandle)>,
-    tasks: JoinSet<()>,
-}
-
 /// How long to wait before the next attempt: longer after each failure, and never in step with
 /// others who lost the same registry.
-#[derive(Debug)]
-pub(super) struct Backoff(Duration);
+struct Backoff(Duration);
 
 impl Remote {
-    /// The task that `run` makes of the link works until this registry is dropped.
-    pub(super) fn spawn<T>(name: &str, run: impl FnOnce(Arc<Link>) -> T) -> Remote
-    where
-        T: Future<Output = ()> + Send + 'static,
-    {
+    /// A task of its own speaks with the registry until this is dropped.
+    pub(super) fn spawn(name: &str, backend: impl Backend) -> Remote {
         let notes = Mutex::new(Notes::default());
         let link = Arc::new(Link { bell: Notify::new(), name: name.to_owned(), notes });
-        let task = tokio::spawn(run(Arc::clone(&link))).abort_handle();
+        let task = tokio::spawn(run(Arc::clone(&link), backend)).abort_handle();
         Remote { link, task }
+    }
+}
+
+/// One session after the other.
+async fn run(link: Arc<Link>, mut backend: impl Backend) {
+    let mut backoff = Backoff::new();
+    loop {
+        let Err(failure) = backend.session(&link).await;
+        let lasted = link.note_failure(&failure);
+        tokio::time::sleep(backoff.next(lasted)).await;
+    }
+}
+
+#[cfg(all(test, feature = "zookeeper"))]
+impl Remote {
+    /// The other end.
+    pub(super) fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.link)
     }
 }
 
@@ -150,6 +173,7 @@ impl Link {
     }
 
     /// What the registry holds, as it has last said.
+    #[cfg(any(feature = "etcd", feature = "zookeeper"))]
     pub(super) fn held(&self) -> BTreeMap<String, Provider> {
         self.notes().held.clone()
     }
@@ -178,12 +202,14 @@ impl Link {
     pub(super) fn note_session(&self) {
         let mut notes = self.notes();
         notes.held.clear();
+        notes.since = Some(Instant::now());
         notes.standing.sessions += 1;
         notes.standing.is_connected = true;
         tracing::info!(registry = self.name, "connected");
     }
 
     /// The connection is there, or is gone for now; the session may live on.
+    #[cfg(feature = "zookeeper")]
     pub(super) fn note_connected(&self, is_connected: bool) {
         let mut notes = self.notes();
         if notes.standing.is_connected != is_connected {
@@ -193,8 +219,8 @@ impl Link {
     }
 
     /// There is no session, and with it nothing that the registry holds for us. Said once until it
-    /// changes.
-    pub(super) fn note_failure(&self, why: &impl Display) {
+    /// changes. How long there was one.
+    fn note_failure(&self, why: &impl Display) -> Option<Duration> {
         let why = why.to_string();
         let mut notes = self.notes();
         notes.held.clear();
@@ -205,6 +231,7 @@ impl Link {
             tracing::warn!(registry = self.name, "{why}; weir goes on with what it knows");
             notes.standing.trouble = why;
         }
+        notes.since.take().map(|since| since.elapsed())
     }
 
     /// The registry does not take something, and goes on with everything else.
@@ -223,44 +250,21 @@ impl Link {
     }
 }
 
-impl Followers {
-    /// Starts who is missing with `start`, and ends who is wanted no more.
-    pub(super) fn follow<T>(&mut self, link: &Link, start: impl Fn(String) -> T)
-    where
-        T: Future<Output = ()> + Send + 'static,
-    {
-        let wanted = link.subscribed();
-        self.by_service.retain(|service, (life, task)| {
-            let is_wanted = wanted.get(service) == Some(life);
-            if !is_wanted {
-                task.abort();
-            }
-            is_wanted
-        });
-        while self.tasks.try_join_next().is_some() {}
-        for (service, life) in wanted {
-            let tasks = &mut self.tasks;
-            let begin = || (life, tasks.spawn(start(service.clone())));
-            self.by_service.entry(service.clone()).or_insert_with(begin);
-        }
-    }
-}
-
 impl Backoff {
-    pub(super) const fn new() -> Backoff {
+    const fn new() -> Backoff {
         Backoff(PAUSE_FIRST)
     }
 
-    /// Waits; the next time is longer.
-    pub(super) async fn pause(&mut self) {
+    /// After a session that lasted so long. Who had served is missed by others: the next attempt is made
+    /// at once, but not by everybody again and again.
+    fn next(&mut self, lasted: Option<Duration>) -> Duration {
+        if lasted.is_some_and(|lasted| lasted >= LASTING) {
+            *self = Backoff::new();
+            return Duration::ZERO;
+        }
         let (least, most) = (self.0 / 2, self.0);
         self.0 = (self.0 * 2).min(PAUSE_MAX);
-        tokio::time::sleep(least + (most - least).mul_f64(chance())).await;
-    }
-
-    /// It went well: the next pause is short again.
-    pub(super) fn reset(&mut self) {
-        self.0 = PAUSE_FIRST;
+        least + (most - least).mul_f64(chance())
     }
 }
 
@@ -282,6 +286,8 @@ pub(super) fn random() -> u64 {
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
+/// A session that lasted so long was no accident of a server that cannot serve.
+const LASTING: Duration = Duration::from_secs(10);
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -289,31 +295,16 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 mod tests {
     use super::*;
 
-    /// A consumer that leaves and comes back while the registry does not answer hears where the
-    /// service lives, although nothing has changed there.
-    #[tokio::test]
-    async fn who_subscribes_again_hears_again() {
-        let mut followers = Followers::default();
-        let mut remote = Remote::spawn("main", |_| std::future::pending());
-        let link = Arc::clone(&remote.link);
-        let say = |service: String| {
-            let link = Arc::clone(&link);
-            async move {
-                link.note_snapshot(Snapshot { providers: vec![], revision: 1, service });
-                std::future::pending::<()>().await;
-            }
-        };
-        for round in 1..=2 {
-            remote.subscribe("a");
-            for _ in 0..2 {
-                followers.follow(&link, say);
-                tokio::task::yield_now().await;
-            }
-            let heard = remote.news();
-            assert_eq!(heard.len(), 1, "round {round}: {heard:?}");
-            remote.unsubscribe("a");
+    #[test]
+    fn who_had_served_comes_back_at_once_and_who_cannot_serve_is_asked_ever_less_often() {
+        let mut backoff = Backoff::new();
+        for round in 0..10 {
+            let lasted = (round % 2 == 0).then_some(Duration::from_secs(9));
+            let (pause, most) =
+                (backoff.next(lasted), (PAUSE_FIRST * 2_u32.pow(round)).min(PAUSE_MAX));
+            assert!(pause >= most / 2 && pause <= most, "{round}: {pause:?}");
         }
-        followers.follow(&link, say);
-        assert!(followers.by_service.is_empty());
+        assert_eq!(backoff.next(Some(LASTING)), Duration::ZERO);
+        assert!(backoff.next(None) <= PAUSE_FIRST);
     }
 }

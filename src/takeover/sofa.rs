@@ -19,7 +19,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use self::dialogue::{Dialogue, Said, Trouble, Whoami};
 use self::discovery::{Unknown, session_servers};
 use self::pushed::Pushed;
-use super::link::{Backoff, Link, random};
+use super::link::{Backend, Link, random};
 use crate::config::Sofa;
 
 mod dialogue;
@@ -30,40 +30,20 @@ mod pushed;
 #[cfg(test)]
 mod tests;
 
-/// Works until it is aborted: whatever happens to the servers, it comes back to them.
-pub(super) async fn run(link: Arc<Link>, settings: Sofa) {
-    let mut client = Client::new(&link, &settings);
-    let mut backoff = Backoff::new();
-    loop {
-        let Err(failure) = client.attempt().await;
-        link.note_failure(&failure);
-        // This host is missed by others now: the next server is tried at once, but not by everybody
-        // again and again.
-        if client.had_a_lasting_session() {
-            backoff.reset();
-        } else {
-            backoff.pause().await;
-        }
-    }
-}
-
-/// What outlives sessions.
-struct Client<'a> {
-    /// Of the session that there was in the last attempt.
-    began: Option<Instant>,
+/// A registry, with what outlives sessions.
+pub(super) struct SofaRegistry {
     /// Nobody needs to be asked which session servers there are before the next one is tried.
     is_up_to_date: bool,
     /// Known session servers; the one to try next is the last.
     known: Vec<String>,
-    link: &'a Link,
     pushed: Pushed,
-    settings: &'a Sofa,
+    settings: Sofa,
     whoami: Whoami,
 }
 
 /// Why there is no session.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("the session server {server} has closed the connection")]
     Closed { server: String },
     #[error("connect to the session server {server}: {source}")]
@@ -76,47 +56,25 @@ enum Failure {
     Trouble { server: String, source: Trouble },
 }
 
-impl Client<'_> {
-    fn new<'a>(link: &'a Link, settings: &'a Sofa) -> Client<'a> {
+impl SofaRegistry {
+    pub(super) fn new(settings: &Sofa) -> SofaRegistry {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let version = i64::try_from(since.as_millis()).unwrap_or(0);
         let whoami = Whoami { client: format!("weir-{:016x}", random()), version };
-        let (known, pushed) = (Vec::new(), Pushed::default());
-        Client { began: None, is_up_to_date: false, known, link, pushed, settings, whoami }
-    }
-
-    fn had_a_lasting_session(&self) -> bool {
-        self.began.is_some_and(|began| began.elapsed() >= LASTING)
-    }
-
-    /// One session, from its beginning to its end.
-    async fn attempt(&mut self) -> Result<Infallible, Failure> {
-        self.began = None;
-        if !std::mem::take(&mut self.is_up_to_date) {
-            match discover(self.settings).await {
-                Ok(servers) => know(&mut self.known, servers),
-                Err(unknown) if self.known.is_empty() => return Err(unknown.into()),
-                // They may well serve although nobody says so.
-                Err(unknown) => tracing::debug!(registry = self.link.name(), "{unknown}"),
-            }
-        }
-        let server = self.known.pop().unwrap_or_default();
-        self.known.insert(0, server.clone());
-        let failed = |source| Failure::Connect { server: server.clone(), source };
-        let connect = timeout(CONNECT_WITHIN, TcpStream::connect(&server)).await;
-        let stream = connect.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        let stream = stream.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
-        (self.began, self.is_up_to_date) = (Some(Instant::now()), true);
-        self.link.note_session();
-        self.serve(&server, stream).await
+        let (known, pushed, settings) = (Vec::new(), Pushed::default(), settings.clone());
+        SofaRegistry { is_up_to_date: false, known, pushed, settings, whoami }
     }
 
     /// Until the connection is over.
-    async fn serve(&mut self, server: &str, mut stream: TcpStream) -> Result<Infallible, Failure> {
+    async fn serve(
+        &mut self,
+        link: &Link,
+        server: &str,
+        mut stream: TcpStream,
+    ) -> Result<Infallible, Failure> {
         let failed = |source| Failure::Io { server: server.to_owned(), source };
         let trouble = |source| Failure::Trouble { server: server.to_owned(), source };
-        let Client { known, link, pushed, settings, whoami, .. } = self;
+        let SofaRegistry { known, pushed, settings, whoami, .. } = self;
         let mut dialogue = Dialogue::new(settings, whoami, pushed, Instant::now());
         dialogue.want(link.wanted(), link.subscribed());
         let (mut input, mut output) = (Vec::new(), Vec::new());
@@ -148,6 +106,31 @@ impl Client<'_> {
                 }
             }
         }
+    }
+}
+
+impl Backend for SofaRegistry {
+    type Failure = Failure;
+
+    async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Failure> {
+        if !std::mem::take(&mut self.is_up_to_date) {
+            match discover(&self.settings).await {
+                Ok(servers) => know(&mut self.known, servers),
+                Err(unknown) if self.known.is_empty() => return Err(unknown.into()),
+                // They may well serve although nobody says so.
+                Err(unknown) => tracing::debug!(registry = link.name(), "{unknown}"),
+            }
+        }
+        let server = self.known.pop().unwrap_or_default();
+        self.known.insert(0, server.clone());
+        let failed = |source| Failure::Connect { server: server.clone(), source };
+        let connect = timeout(CONNECT_WITHIN, TcpStream::connect(&server)).await;
+        let stream = connect.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let stream = stream.map_err(failed)?;
+        stream.set_nodelay(true).map_err(failed)?;
+        self.is_up_to_date = true;
+        link.note_session();
+        self.serve(link, &server, stream).await
     }
 }
 
@@ -217,8 +200,6 @@ fn note(link: &Link, said: Said) {
 }
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
-/// A session that lasted so long was no accident of a server that cannot serve.
-const LASTING: Duration = Duration::from_secs(10);
 /// As SOFARegistry's own client.
 const REFRESH_EVERY: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_secs(1);

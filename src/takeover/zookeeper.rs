@@ -16,37 +16,36 @@ use zookeeper_client::{
     StateWatcher,
 };
 
+use self::followers::Followers;
 use super::Provider;
-use super::link::{Backoff, Followers, Link, password_of};
+use super::link::{Backend, Link, password_of};
 use super::writer::{Owner, Store, Writer};
 use crate::config::{Credentials, Layout, Tree};
 
-/// Works until it is aborted: whatever happens to the ensemble, it comes back to it.
-pub(super) async fn run(link: Arc<Link>, settings: Tree) {
-    let settings = Arc::new(settings);
-    let mut backoff = Backoff::new();
-    loop {
-        let Err(failure) = attempt(&link, &settings, &mut backoff).await;
-        link.note_failure(&failure);
-        backoff.pause().await;
+mod followers;
+
+/// An ensemble.
+pub(super) struct Zookeeper(Arc<Tree>);
+
+impl Zookeeper {
+    pub(super) fn new(settings: &Tree) -> Zookeeper {
+        Zookeeper(Arc::new(settings.clone()))
     }
 }
 
-/// One session, from its beginning to its end.
-async fn attempt(
-    link: &Arc<Link>,
-    settings: &Arc<Tree>,
-    backoff: &mut Backoff,
-) -> Result<Infallible, Failure> {
-    let client = connect(settings).await?;
-    backoff.reset();
-    link.note_session();
-    Session::new(link, settings, client).serve().await
+impl Backend for Zookeeper {
+    type Failure = Failure;
+
+    async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Failure> {
+        let client = connect(&self.0).await?;
+        link.note_session();
+        Session::new(link, &self.0, client).serve().await
+    }
 }
 
 /// Why there is no session.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("connect to ZooKeeper at {servers}: {source}")]
     Connect { servers: String, source: Error },
     #[error("read the password in {path}: {source}")]

@@ -35,7 +35,7 @@ pub(super) struct Gateway {
 /// A call that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("etcd at {server}: {step}: {why}")]
-pub(super) struct Failure {
+pub(in crate::takeover) struct Failure {
     server: Arc<str>,
     step: &'static str,
     pub(super) why: Why,

@@ -63,7 +63,7 @@ pub(super) enum Said {
 
 /// Why the session is over.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub(super) enum Trouble {
+pub(in crate::takeover) enum Trouble {
     #[error("{0} registrations in a row were not answered within {REQUEST_WITHIN:?}")]
     Deaf(u32),
     #[error("it says something that cannot be read: {0}")]

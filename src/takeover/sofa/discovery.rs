@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 /// Why one of them does not say it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Unknown {
+pub(in crate::takeover) enum Unknown {
     #[error("ask {server} for session servers: {source}")]
     Ask { server: String, source: axum::Error },
     #[error("connect to {server} for the session servers: {source}")]
