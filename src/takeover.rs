@@ -6,6 +6,7 @@
 //! comes of it goes to the table of services. Nothing here waits for a registry.
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use crate::service::Endpoint;
 
@@ -64,6 +65,8 @@ pub struct Snapshot {
 pub struct Standing {
     /// Weights it has said that are larger than an endpoint's can be.
     pub clamped: u64,
+    /// When its connection went, or was wanted first; `None` while it is there.
+    pub down_since: Option<Instant>,
     /// Attempts to connect that failed, and sessions that ended.
     pub failures: u64,
     /// It answers.

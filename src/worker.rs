@@ -255,6 +255,12 @@ impl Handle {
         self.mailbox.accepting.load(Ordering::Acquire)
     }
 
+    /// The revision of the table of services that it goes by.
+    #[must_use]
+    pub fn services_revision(&self) -> u64 {
+        self.mailbox.revision()
+    }
+
     /// The thread has ended, by drain or failure.
     #[must_use]
     pub fn is_finished(&self) -> bool {
@@ -439,6 +445,7 @@ impl Worker {
             .map_err(|source| WorkerError::Ring { index, source })?;
         let listening = Listening::new(&mut setup);
         let services = Picker::new(std::mem::take(&mut setup.services), index);
+        mailbox.set_revision(services.table().revision);
         let sockmap = setup.sockmap.take();
         let can = Can {
             forward: sockmap.is_some() && spliced_flows_max > 0,

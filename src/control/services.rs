@@ -80,6 +80,11 @@ impl Services {
         })
     }
 
+    /// The revision of what is written there.
+    pub(super) fn revision(&self) -> u64 {
+        self.with(|book| book.directory.revision())
+    }
+
     fn with<T>(&self, work: impl FnOnce(&mut Book) -> T) -> T {
         work(&mut self.book.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -19,6 +19,7 @@ use super::{RunError, Running, checks};
 use crate::config::{Config, Takeover, Wanted};
 use crate::service::{Balance, Endpoint, Manner, ServiceId};
 use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
+use crate::worker::Handle;
 
 /// The application API, open and not served yet: whoever asks waits.
 pub(super) struct Bound(TcpListener);
@@ -90,7 +91,7 @@ impl TakingOver {
     /// Works beside the caller, from now on.
     pub(super) fn serve(&self, api: Bound, running: &Arc<Running>, mark: Option<u32>) {
         tokio::spawn(serve(api.0, router(Arc::clone(&self.desk)), Bounds::USUAL));
-        tokio::spawn(self.clone().keep_carrying());
+        tokio::spawn(self.clone().keep_carrying(Arc::downgrade(running)));
         tokio::spawn(self.clone().keep());
         tokio::spawn(self.clone().settle(mark));
         tokio::spawn(self.clone().watch(Arc::downgrade(running), mark));
@@ -175,17 +176,31 @@ impl TakingOver {
         }
     }
 
-    async fn keep_carrying(self) {
+    /// Who subscribes waits until workers know what the desk does.
+    async fn keep_carrying(self, running: Weak<Running>) {
         let mut tick = tokio::time::interval(LOOK_EVERY);
+        // Changes there ever were, and the revision with which workers know them.
+        let mut awaited: Option<(u64, u64)> = None;
         loop {
             tick.tick().await;
-            self.carry();
+            let changes = self.carry();
+            let Some(running) = running.upgrade() else { return };
+            let (changes, revision) =
+                *awaited.get_or_insert_with(|| (changes, self.services.revision()));
+            let knows = |worker: &Handle| worker.services_revision() >= revision;
+            if running.workers.iter().all(knows) {
+                self.lock().note_reached(changes);
+                awaited = None;
+            }
         }
     }
 
-    /// What the desk has decided goes into the table of services.
-    fn carry(&self) {
-        let changes = self.lock().changes();
+    /// What the desk has decided goes into the table of services. How many changes there ever were.
+    fn carry(&self) -> u64 {
+        let (changes, ever) = {
+            let mut desk = self.lock();
+            (desk.changes(), desk.changes_ever())
+        };
         let now = Instant::now();
         for change in changes {
             self.services.change(|directory| match change {
@@ -199,6 +214,7 @@ impl TakingOver {
                 }
             });
         }
+        ever
     }
 
     /// Often until the application is there, then now and then. Nothing is known of it before every

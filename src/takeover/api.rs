@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, State};
@@ -20,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::Desk;
-use super::desk::Refusal;
+use super::desk::{ANSWERS_WITHIN, Refusal};
 
 /// Everything applications may ask, of one desk.
 pub fn router(desk: Arc<Mutex<Desk>>) -> Router {
@@ -133,10 +134,12 @@ async fn unpublish(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Respons
 }
 
 async fn subscribe(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Response {
-    sofa(read(&body).and_then(|service: SofaService| {
-        let datas = lock(&desk).subscribe(&service.service_name).map_err(said)?;
-        Ok(json!({ "serviceName": service.service_name, "datas": datas }))
-    }))
+    let asked = async |body| -> Result<Value, String> {
+        let SofaService { service_name, .. } = read(body)?;
+        let datas = subscribed(&desk, &service_name).await?;
+        Ok(json!({ "serviceName": service_name, "datas": datas }))
+    };
+    sofa(asked(&body).await)
 }
 
 async fn unsubscribe(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Response {
@@ -155,9 +158,32 @@ async fn dubbo_publish(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Res
 }
 
 async fn dubbo_subscribe(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Response {
-    dubbo(read(&body).and_then(|DubboRequest { service }| {
-        lock(&desk).subscribe(&service.name()).map(drop).map_err(said)
-    }))
+    let asked = async |body| -> Result<(), String> {
+        let DubboRequest { service } = read(body)?;
+        subscribed(&desk, &service.name()).await.map(drop)
+    };
+    dubbo(asked(&body).await)
+}
+
+/// How the providers of `service` are to be called, once every registry has said where it lives and
+/// workers know: a call that follows finds an endpoint. After a while, with what is known by then.
+async fn subscribed(desk: &Mutex<Desk>, service: &str) -> Result<Vec<String>, String> {
+    lock(desk).subscribe(service).map_err(said)?;
+    let end = Instant::now() + ANSWERS_WITHIN;
+    let mut heard = None;
+    loop {
+        {
+            let desk = lock(desk);
+            if heard.is_none() && desk.has_heard(service) {
+                heard = Some(desk.changes_ever());
+            }
+            let is_known = heard.is_some_and(|changes| desk.changes_reached() >= changes);
+            if is_known || Instant::now() >= end {
+                return Ok(desk.told(service));
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 async fn dubbo_unpublish(State(desk): State<Arc<Mutex<Desk>>>, body: Bytes) -> Response {
@@ -252,5 +278,6 @@ fn lock(desk: &Mutex<Desk>) -> MutexGuard<'_, Desk> {
     desk.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// A service has a few hundred bytes.
 const BODY_BYTES_MAX: usize = 64 * 1024;

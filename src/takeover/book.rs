@@ -84,6 +84,12 @@ impl Book {
         self.beliefs.insert(service.to_owned(), beliefs);
     }
 
+    /// A registry has said something of `service`, in this life or an earlier one.
+    pub(super) fn has_heard(&self, registry: usize, service: &str) -> bool {
+        let belief = self.beliefs.get(service).and_then(|beliefs| beliefs.get(registry));
+        belief.is_some_and(|belief| belief.trusted().is_some())
+    }
+
     /// Whether it was there.
     pub(super) fn remove(&mut self, service: &str) -> bool {
         self.in_doubt.remove(service);

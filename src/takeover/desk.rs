@@ -35,6 +35,7 @@ pub struct Desk {
     config: Takeover,
     /// What the table of services does not know yet.
     changes: Vec<Change>,
+    counts: Counts,
     health: Health,
     /// Nothing is published any more.
     is_leaving: bool,
@@ -115,6 +116,14 @@ struct Publication {
     provider: Provider,
 }
 
+/// Of changes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    ever: u64,
+    /// Every worker goes by them.
+    reached: u64,
+}
+
 /// Whether the application accepts connections.
 #[derive(Debug, Default)]
 struct Health {
@@ -133,6 +142,7 @@ impl Desk {
             applications: BTreeSet::new(),
             book: Book::new(kept.collect()),
             changes: Vec::new(),
+            counts: Counts::default(),
             health: Health::default(),
             is_leaving: false,
             own_ports,
@@ -198,7 +208,7 @@ impl Desk {
         if self.publications.values().all(|known| known.port != port) {
             let app = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
             self.health = Health::default();
-            self.changes.push(Change::Application(app));
+            self.change(Change::Application(app));
         }
         self.to_keep = true;
         let publication = Publication { port, provider };
@@ -243,6 +253,23 @@ impl Desk {
         self.check(service, self.book.len(), self.book.has(service))?;
         self.enter(service);
         self.hear();
+        Ok(self.told(service))
+    }
+
+    /// Every registry has said where `service` lives, in this life or an earlier one. One that has been gone
+    /// for a while is not waited for.
+    #[must_use]
+    pub fn has_heard(&self, service: &str) -> bool {
+        let is_gone = |registry: &dyn Registry| {
+            registry.standing().down_since.is_some_and(|since| since.elapsed() >= ANSWERS_WITHIN)
+        };
+        let mut registries = self.registries.iter().enumerate();
+        registries.all(|(index, one)| self.book.has_heard(index, service) || is_gone(&**one))
+    }
+
+    /// How its providers are to be called, at our own address.
+    #[must_use]
+    pub fn told(&self, service: &str) -> Vec<String> {
         let mut told: Vec<String> = Vec::new();
         for provider in self.providers(service) {
             let text = provider.text_at(self.config.outbound);
@@ -250,7 +277,7 @@ impl Desk {
                 told.push(text);
             }
         }
-        Ok(told)
+        told
     }
 
     /// It does so no more. What the config wants stays.
@@ -261,7 +288,7 @@ impl Desk {
         }
         self.to_keep = true;
         self.registries.iter_mut().for_each(|registry| registry.unsubscribe(service));
-        self.changes.push(Change::Gone(service.to_owned()));
+        self.change(Change::Gone(service.to_owned()));
     }
 
     /// Every service that is subscribed to, with the text of its providers.
@@ -306,6 +333,23 @@ impl Desk {
     pub fn changes(&mut self) -> Vec<Change> {
         self.hear();
         std::mem::take(&mut self.changes)
+    }
+
+    /// How many changes there ever were.
+    #[must_use]
+    pub fn changes_ever(&self) -> u64 {
+        self.counts.ever
+    }
+
+    /// Calls go by as many of them.
+    #[must_use]
+    pub fn changes_reached(&self) -> u64 {
+        self.counts.reached
+    }
+
+    /// So many of them have reached every worker.
+    pub fn note_reached(&mut self, changes: u64) {
+        self.counts.reached = changes;
     }
 
     fn check(&self, service: &str, count: usize, is_known: bool) -> Result<(), Refusal> {
@@ -400,7 +444,12 @@ impl Desk {
 
     fn note_change(&mut self, service: &str) {
         let endpoints = self.providers(service).into_iter().map(|one| one.endpoint).collect();
-        self.changes.push(Change::Service { endpoints, name: service.to_owned() });
+        self.change(Change::Service { endpoints, name: service.to_owned() });
+    }
+
+    fn change(&mut self, change: Change) {
+        self.counts.ever += 1;
+        self.changes.push(change);
     }
 
     /// Of all registries, each address once; ours for consumers is nobody's endpoint.
@@ -471,6 +520,8 @@ fn answers(registries: &[Box<dyn Registry>], index: usize) -> bool {
     registries.get(index).is_some_and(|registry| registry.standing().is_connected)
 }
 
+/// Who subscribes waits so long, at most, for a registry that has just gone or does not answer.
+pub(super) const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 /// Failed attempts in a row that withdraw an application.
 const FAILURES_MAX: u32 = 3;
 const APPLICATIONS_MAX: usize = 64;

@@ -73,7 +73,8 @@ struct Backoff(Duration);
 impl Remote {
     /// A task of its own speaks with the registry until this is dropped.
     pub(super) fn spawn(name: &str, backend: impl Backend) -> Remote {
-        let notes = Mutex::new(Notes::default());
+        let standing = Standing { down_since: Some(Instant::now()), ..Standing::default() };
+        let notes = Mutex::new(Notes { standing, ..Notes::default() });
         let link = Arc::new(Link { bell: Notify::new(), name: name.to_owned(), notes });
         let task = tokio::spawn(run(Arc::clone(&link), backend)).abort_handle();
         Remote { link, task }
@@ -150,6 +151,15 @@ impl Drop for Remote {
     }
 }
 
+impl Notes {
+    fn note_connected(&mut self, is_connected: bool) {
+        let Standing { down_since, .. } = self.standing;
+        self.standing.is_connected = is_connected;
+        self.standing.down_since =
+            if is_connected { None } else { down_since.or(Some(Instant::now())) };
+    }
+}
+
 /// The task's end.
 impl Link {
     /// In logs.
@@ -204,7 +214,7 @@ impl Link {
         notes.held.clear();
         notes.since = Some(Instant::now());
         notes.standing.sessions += 1;
-        notes.standing.is_connected = true;
+        notes.note_connected(true);
         tracing::info!(registry = self.name, "connected");
     }
 
@@ -213,7 +223,7 @@ impl Link {
     pub(super) fn note_connected(&self, is_connected: bool) {
         let mut notes = self.notes();
         if notes.standing.is_connected != is_connected {
-            notes.standing.is_connected = is_connected;
+            notes.note_connected(is_connected);
             tracing::info!(registry = self.name, is_connected, "the connection");
         }
     }
@@ -226,7 +236,7 @@ impl Link {
         notes.held.clear();
         notes.standing.failures += 1;
         let is_news = notes.standing.is_connected || notes.standing.trouble != why;
-        notes.standing.is_connected = false;
+        notes.note_connected(false);
         if is_news {
             tracing::warn!(registry = self.name, "{why}; weir goes on with what it knows");
             notes.standing.trouble = why;

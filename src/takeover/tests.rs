@@ -159,6 +159,22 @@ fn what_cannot_be_published_is_refused_with_the_reason() {
     assert_eq!(Desk::new(nowhere, vec![]).publish(SERVICE, None, ""), Err(Refusal::NoAddress));
 }
 
+/// Who subscribes is told what calls go by already.
+#[test]
+fn what_is_told_has_been_heard_and_carried_on() {
+    let mut desk =
+        desk("  registries: [{ services: [{ name: \"a:1\", endpoints: [\"10.0.0.1:1\"] }] }]\n");
+    assert!(!desk.has_heard("a:1"), "nobody has asked for it");
+    desk.subscribe("a:1").unwrap();
+    assert!(desk.has_heard("a:1"));
+    let ever = desk.changes_ever();
+    assert!(ever > 0 && desk.changes_reached() == 0);
+    assert_eq!(desk.changes().len() as u64, ever);
+    desk.note_reached(ever);
+    desk.subscribe("a:1").unwrap();
+    assert_eq!((desk.changes_ever(), desk.changes_reached()), (ever, ever), "nothing is new");
+}
+
 #[test]
 fn several_registries_are_one_list_without_our_own_consumers_address() {
     let mut desk = desk(

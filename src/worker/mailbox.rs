@@ -4,7 +4,7 @@
 //! The worker never waits here; a full mailbox makes the sender drop its letter and say so.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ pub(super) struct Mailbox {
     pub(super) accepting: AtomicBool,
     bell: OwnedFd,
     letters: ArrayQueue<Letter>,
+    /// Of the table of services in force.
+    revision: AtomicU64,
     /// What the worker has no use for any more; the control thread frees it.
     waste: ArrayQueue<Update>,
 }
@@ -44,7 +46,8 @@ pub(super) struct Mailbox {
 impl Mailbox {
     pub(super) fn new(bell: OwnedFd) -> Mailbox {
         let (letters, waste) = (ArrayQueue::new(LETTERS_MAX), ArrayQueue::new(WASTE_MAX));
-        Mailbox { accepting: AtomicBool::new(false), bell, letters, waste }
+        let (accepting, revision) = (AtomicBool::new(false), AtomicU64::new(0));
+        Mailbox { accepting, bell, letters, revision, waste }
     }
 
     /// Puts a letter in and rings; false if the box is full.
@@ -75,6 +78,15 @@ impl Mailbox {
 
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
+    }
+
+    /// From the worker: it goes by this table from now on.
+    pub(super) fn set_revision(&self, revision: u64) {
+        self.revision.store(revision, Ordering::Release);
+    }
+
+    pub(super) fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Acquire)
     }
 
     pub(super) fn set_accepting(&self, accepting: bool) {

@@ -354,6 +354,7 @@ impl Worker {
                 }
                 Letter::Services(update) => {
                     self.mailbox.throw_away(self.services.swap(update));
+                    self.mailbox.set_revision(self.services.table().revision);
                 }
             }
         }

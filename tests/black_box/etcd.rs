@@ -8,7 +8,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::harness::{Etcd, Net, Place, Weir, until, weir};
-use crate::takeover::{SERVICE, ask, await_endpoints, service};
+use crate::takeover::{OUTBOUND, SERVICE, ask, await_endpoints, exchange, service};
 
 const CLUSTER: &str = "10.98.2.2:2379";
 const REGISTRY: &str = "{ name: main, kind: etcd, servers: [\"10.98.2.2:2379\"], layout: dubbo, session_timeout_ms: 2000 }";
@@ -52,7 +52,7 @@ fn registry_holds_the_sidecar_and_never_the_application() {
     let (mut provider, consumer) = (provider(&net), consumer(&net));
     publish(&net);
     let answer = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
-    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    assert_eq!(answer["success"], true, "nobody waits for a registry for long");
     etcd.start();
     etcd.watch();
     await_endpoints(&consumer, 1);
@@ -122,6 +122,56 @@ fn publication_outlives_lost_leases_compaction_and_servers() {
     await_endpoints(&consumer, 1);
     consumer.end(&net);
     provider.end(&net);
+}
+
+/// RS8, T2: who subscribes is answered when the registry has said where the service lives and workers know,
+/// so the call that follows finds a provider; a registry that is down is waited for once, and not for long.
+#[test]
+fn subscriber_waits_for_a_late_registry_and_not_long_for_none() {
+    let net = Net::new();
+    let mut etcd = Etcd::started(&net, Place::Server, CLUSTER);
+    let leaf = "bolt%3A%2F%2F10.98.2.2%3A7001%3Fversion%3D1.0%26v%3D4.0";
+    let key = format!("/sofa-rpc/com.a.DemoService/providers/{leaf}");
+    etcd.ask(&["put", &key, ""]).unwrap();
+    let registry = REGISTRY.replace("dubbo", "sofa");
+    let config = format!(
+        "workers: 2\ntakeover: {{ protect: off, outbound: \"{OUTBOUND}\", registries: [{registry}] }}"
+    );
+    let weir = Weir::run(&net, &config);
+    until("weir has a session", || weir.metric("weir_registry_connected", &[]) == 1);
+    let listener = net.listen(Place::Server, "10.98.2.2:7001");
+    let subscribe = || {
+        let begin = Instant::now();
+        let answer = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
+        assert_eq!(answer["success"], true);
+        (answer["datas"].as_array().unwrap().len(), begin.elapsed())
+    };
+
+    etcd.signal(Signal::SIGSTOP);
+    let (told, elapsed) = std::thread::scope(|scope| {
+        let asked = scope.spawn(subscribe);
+        let late = Instant::now() + Duration::from_secs(1);
+        until("it answers late", || Instant::now() > late);
+        etcd.signal(Signal::SIGCONT);
+        asked.join().unwrap()
+    });
+    assert_eq!(told, 1, "after {elapsed:?}");
+    assert!(elapsed >= Duration::from_millis(900), "{elapsed:?}");
+    exchange(net.connect(Place::Node, OUTBOUND), &listener);
+    assert_eq!(weir.metric("weir_requests_total", &["outcome=\"no_endpoint\""]), 0);
+    weir.end(&net);
+
+    etcd.kill();
+    let weir = Weir::run(&net, &config);
+    let (told, elapsed) = subscribe();
+    assert!(told == 0 && elapsed < Duration::from_secs(4), "{told} after {elapsed:?}");
+    let begin = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(subscribe().0, 0);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(3), "it is known to be down: {begin:?}");
+    drop(listener);
+    weir.end(&net);
 }
 
 /// RS8: weir is who the config says; what this user may not do is said once and counted, and stops nothing

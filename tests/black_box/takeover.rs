@@ -12,7 +12,7 @@ use crate::harness::{
 
 pub(crate) const SERVICE: &str = "com.a.DemoService:1.0";
 /// The consumer's weir is in the node, the provider's in the server.
-const OUTBOUND: &str = "127.0.0.1:12220";
+pub(crate) const OUTBOUND: &str = "127.0.0.1:12220";
 const APP: &str = "127.0.0.1:20880";
 const PROVIDER: &str = "10.98.2.2:20881";
 

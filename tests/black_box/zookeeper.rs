@@ -70,7 +70,7 @@ fn registry_holds_the_sidecar_and_never_the_application() {
     let (mut provider, consumer) = (provider(&net), consumer(&net));
     publish(&net);
     let answer = ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
-    assert_eq!(answer["success"], true, "nobody waits for a registry");
+    assert_eq!(answer["success"], true, "nobody waits for a registry for long");
     zookeeper.start();
     until("both have a session", || {
         provider.log().contains("connected") && consumer.log().contains("connected")
