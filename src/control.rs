@@ -26,6 +26,7 @@ use crate::worker::{Handle, WorkerError};
 use capturing::{Capturing, RulesLost};
 use looped::Looped;
 use reload::Reloader;
+use rescue::Rescue;
 use services::Services;
 use takeover::TakingOver;
 
@@ -42,6 +43,7 @@ mod looped;
 mod places;
 mod registries;
 mod reload;
+mod rescue;
 mod routes;
 pub mod rules;
 mod services;
@@ -317,6 +319,7 @@ impl Running {
         let mut told = false;
         let mut drain: Option<Drain> = None;
         let mut looped = Looped::new();
+        let mut rescue = Rescue::new(self.workers.len());
         let withdrawn = Notify::new();
         let withdraw = async {
             self.bell.notified().await;
@@ -354,6 +357,7 @@ impl Running {
                 _ = tick.tick() => {
                     self.services.tell(&self.workers);
                     looped.say(&self.workers);
+                    rescue.look(&self.workers);
                     if self.workers.iter().any(Handle::is_finished) && !self.is_draining() {
                         self.ask_to_drain(); // One worker has failed: end the others.
                         drain = Some(self.drain(Duration::ZERO));

@@ -219,7 +219,7 @@ impl Outcome {
     }
 }
 
-/// One worker's counters. Shared with the control thread, which only reads.
+/// One worker's counters. Shared with the control thread, which only reads, but for `stalls`.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Times accept was paused: descriptors, flow table or pending connects ran out.
@@ -256,6 +256,8 @@ pub struct Counters {
     pub ring_completions: Counter,
     /// Turns that found the completion queue full.
     pub ring_overflows: Counter,
+    /// Times the worker did not turn while connections waited, and another one took them.
+    pub stalls: Counter,
 }
 
 impl Counters {

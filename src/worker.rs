@@ -32,6 +32,7 @@ use crate::sys::{process, socket};
 
 use accept::Listening;
 use breaker::Breaker;
+use doors::Doors;
 use exchanging::Exchanging;
 use mailbox::{Letter, Mailbox};
 use peek::Peeking;
@@ -47,7 +48,9 @@ mod accept;
 mod breaker;
 mod change;
 mod destination;
+mod doors;
 mod exchanging;
+mod help;
 mod loops;
 mod mailbox;
 mod peek;
@@ -110,8 +113,8 @@ pub struct Share {
 /// A listening socket and what its connections are for.
 #[derive(Debug)]
 pub struct Listener {
-    /// Listens already, with `SO_REUSEPORT` when there is more than one worker.
-    pub fd: OwnedFd,
+    /// Listens already, with `SO_REUSEPORT` when there is more than one worker. Shared only in passing.
+    pub fd: Arc<OwnedFd>,
     /// In `weir flows`.
     pub name: Arc<str>,
     /// Where it listens and its upstreams are dialled.
@@ -136,7 +139,7 @@ pub struct Place {
 }
 
 /// Where a listener's connections go.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Route {
     /// To an endpoint of the service that its first request names.
     Named,
@@ -242,6 +245,7 @@ pub struct FlowRow {
 #[derive(Debug)]
 pub struct Handle {
     counters: Arc<Counters>,
+    doors: Doors,
     features: Features,
     index: u16,
     mailbox: Arc<Mailbox>,
@@ -303,7 +307,26 @@ impl Handle {
 
     /// Goes on otherwise. Lost if there is no room.
     pub fn change(&self, change: Change) {
+        self.doors.follow(&change);
         self.mailbox.send(Letter::Change(Box::new(change)));
+    }
+
+    /// Somebody waits at one of its listeners.
+    #[must_use]
+    pub fn has_waiting(&self) -> bool {
+        self.doors.has_waiting()
+    }
+
+    /// Accepts for `other`, too, until `stop_helping`. False if there is no room in its mailbox.
+    #[must_use]
+    pub fn help(&self, other: &Handle) -> bool {
+        self.mailbox.send(Letter::Help(other.doors.lend()))
+    }
+
+    /// Accepts for itself only. False if there is no room in its mailbox.
+    #[must_use]
+    pub fn stop_helping(&self) -> bool {
+        self.mailbox.send(Letter::StopHelping)
     }
 
     /// The workload in this place is gone: its listeners are closed and its flows reset.
@@ -389,6 +412,7 @@ pub fn spawn(setup: Setup) -> Result<Handle, WorkerError> {
     let failed = |source| WorkerError::Thread { index, source };
     let mailbox = Arc::new(Mailbox::new(socket::bell().map_err(failed)?));
     let counters = Arc::new(Counters::default());
+    let doors = Doors::new(&setup.listeners);
     let (ready, opened) = mpsc::sync_channel(1);
     let (own_mailbox, own_counters) = (Arc::clone(&mailbox), Arc::clone(&counters));
     let run = move || {
@@ -404,7 +428,7 @@ pub fn spawn(setup: Setup) -> Result<Handle, WorkerError> {
     };
     let thread = Builder::new().name(format!("weir-w{index}")).spawn(run).map_err(failed)?;
     match opened.recv() {
-        Ok(Ok(features)) => Ok(Handle { counters, features, index, mailbox, thread }),
+        Ok(Ok(features)) => Ok(Handle { counters, doors, features, index, mailbox, thread }),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(WorkerError::Panicked { index }),
     }

@@ -46,7 +46,7 @@ fn start(
         home: Arc::default(),
         index: 0,
         listeners: vec![Listener {
-            fd,
+            fd: fd.into(),
             name: "test".into(),
             place: Arc::default(),
             proxy_protocol: ProxyProtocol::Off,

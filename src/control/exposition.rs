@@ -283,7 +283,7 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 type Pick = fn(&Counters) -> &Counter;
 
 /// Counters without labels: name, help, which.
-const SINGLE: [(&str, &str, Pick); 8] = [
+const SINGLE: [(&str, &str, Pick); 9] = [
     ("accept_paused", "Times accept had to pause", |c| &c.accept_paused),
     ("buffers_exhausted", "Times a direction had to wait for a buffer", |c| &c.buffers_exhausted),
     ("completions_stale", "Completions of an earlier life of a slot, dropped", |c| {
@@ -300,6 +300,7 @@ const SINGLE: [(&str, &str, Pick); 8] = [
     ("ring_enters", "io_uring_enter calls", |c| &c.ring_enters),
     ("ring_completions", "Completions handled", |c| &c.ring_completions),
     ("ring_overflows", "Turns that found the completion queue full", |c| &c.ring_overflows),
+    ("worker_stalls", "Times a worker did not run and another accepted for it", |c| &c.stalls),
 ];
 
 #[cfg(test)]

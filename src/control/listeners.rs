@@ -183,7 +183,14 @@ impl Opening<'_> {
     fn listener(&self, fd: OwnedFd, name: &str, workload: &str, route: Route) -> Listener {
         let place: Arc<worker::Place> = Arc::clone(&self.place.for_workers);
         let proxy_protocol = ProxyProtocol::Off;
-        Listener { fd, name: name.into(), place, proxy_protocol, route, workload: workload.into() }
+        Listener {
+            fd: fd.into(),
+            name: name.into(),
+            place,
+            proxy_protocol,
+            route,
+            workload: workload.into(),
+        }
     }
 }
 

@@ -186,7 +186,7 @@ impl Reloader {
         let forwards = new.forward.iter().zip(services);
         let forwards = forwards.filter(|(forward, _)| added.contains(&forward.listen));
         let listener = |((forward, id), fd): ((&Forward, &ServiceId), OwnedFd)| Listener {
-            fd,
+            fd: fd.into(),
             name: forward.name.as_str().into(),
             place: Arc::clone(&self.home),
             proxy_protocol: ProxyProtocol::Off,

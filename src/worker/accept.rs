@@ -46,9 +46,11 @@ pub(super) struct State {
     addr: Option<SocketAddr>,
     fate: Fate,
     /// Closed once nothing will be accepted any more.
-    pub(super) fd: Option<OwnedFd>,
+    pub(super) fd: Option<Arc<OwnedFd>>,
     /// Open flows that came by it.
     pub(super) flows: u32,
+    /// Of another worker, which does not turn just now.
+    is_lent: bool,
     pub(super) loops: LoopWatch,
     pub(super) origin: Origin,
     /// Where it lives.
@@ -411,10 +413,8 @@ impl Listening {
 
     /// The listener that serves there.
     pub(super) fn index_of(&self, place: u32, addr: SocketAddr) -> Option<usize> {
-        let wanted = Some(canonical(addr));
-        self.states.iter().position(|state| {
-            state.place.number == place && state.addr == wanted && state.fate == Fate::Serves
-        })
+        let is_it = |state: &State| state.serves_at(place, addr) && !state.is_lent;
+        self.states.iter().position(is_it)
     }
 
     /// Whether listener `index` lives in `place`.
@@ -485,8 +485,16 @@ impl Listening {
         state.loops.arrives().then_some(Denied::Looped)
     }
 
+    /// One more listener, in the place of one that is over if there is one.
+    pub(super) fn push(&mut self, state: State) {
+        match self.vacant() {
+            Some(vacant) => *vacant = state,
+            None => self.states.push(state),
+        }
+    }
+
     /// A listener that is over, and of which nobody knows any more.
-    pub(super) fn vacant(&mut self) -> Option<&mut State> {
+    fn vacant(&mut self) -> Option<&mut State> {
         let parked = &self.parked;
         let is_known = |index| parked.iter().any(|(listener, _)| usize::from(*listener) == index);
         let mut states = self.states.iter_mut().enumerate();
@@ -530,6 +538,7 @@ impl State {
             fate: Fate::Serves,
             fd: Some(fd),
             flows: 0,
+            is_lent: false,
             loops: LoopWatch::new(),
             origin,
             place,
@@ -539,6 +548,36 @@ impl State {
             route,
             workload,
         }
+    }
+
+    /// For another worker's socket of the same address.
+    pub(super) fn lent(&self, fd: Arc<OwnedFd>, backlog: u32) -> State {
+        State {
+            accept: Accept::Idle,
+            addr: self.addr,
+            fate: Fate::Serves,
+            fd: Some(fd),
+            flows: 0,
+            is_lent: true,
+            loops: LoopWatch::new(),
+            origin: self.origin,
+            place: Arc::clone(&self.place),
+            port: self.port,
+            proxy_protocol: self.proxy_protocol,
+            rest: backlog,
+            route: self.route.clone(),
+            workload: Arc::clone(&self.workload),
+        }
+    }
+
+    pub(super) const fn is_lent(&self) -> bool {
+        self.is_lent
+    }
+
+    pub(super) fn serves_at(&self, place: u32, addr: SocketAddr) -> bool {
+        self.place.number == place
+            && self.addr == Some(canonical(addr))
+            && self.fate == Fate::Serves
     }
 
     /// Nothing will come of it any more, and no flow knows it.

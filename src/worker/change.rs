@@ -4,6 +4,7 @@
 //! Invariant: no flow is dropped and nobody who was connected by the kernel is turned away.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use super::accept::State;
 use super::timers::TimerTicks;
@@ -32,15 +33,15 @@ impl Worker {
 
     fn alter(&mut self, alteration: Alteration) {
         let Alteration { addr, from, place, proxy_protocol, route, workload } = alteration;
-        let index = self.listening.index_of(from, addr);
-        let Some(state) = index.and_then(|index| self.listening.states.get_mut(index)) else {
-            return;
-        };
-        state.place = place;
-        state.proxy_protocol = proxy_protocol;
-        state.workload = workload;
-        if let Some(route) = route {
-            state.route = route;
+        // One for each socket: another worker's may be lent.
+        let states = self.listening.states.iter_mut();
+        for state in states.filter(|state| state.serves_at(from, addr)) {
+            state.place = Arc::clone(&place);
+            state.proxy_protocol = proxy_protocol;
+            state.workload = Arc::clone(&workload);
+            if let Some(route) = &route {
+                state.route = route.clone();
+            }
         }
     }
 
@@ -48,10 +49,7 @@ impl Worker {
         // The options were taken at the start; one that is refused now is missing, and no more.
         let _ = self.ring.tune(listener.fd.as_fd());
         let state = State::new(listener, self.setup.profile.limits.backlog);
-        match self.listening.vacant() {
-            Some(vacant) => *vacant = state,
-            None => self.listening.states.push(state),
-        }
+        self.listening.push(state);
     }
 
     /// Timers that are set already run out by the new times: every flow is looked at anew.

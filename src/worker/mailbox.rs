@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
 
+use super::doors::Lent;
 use super::{Change, FlowRow};
 use crate::service::{Tally, Update};
 
@@ -22,12 +23,16 @@ pub(super) enum Letter {
     Drain(Duration),
     /// Say what is known about each endpoint.
     Endpoints(mpsc::Sender<Vec<Tally>>),
+    /// Accept for another worker.
+    Help(Vec<Lent>),
     /// List the flows.
     Flows(mpsc::Sender<Vec<FlowRow>>),
     /// The workload in this place is gone: end its listeners and flows.
     Leave(u32),
     /// Go on with these services.
     Services(Update),
+    /// The other worker turns again.
+    StopHelping,
 }
 
 /// Shared by a worker and its handle.

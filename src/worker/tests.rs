@@ -84,7 +84,7 @@ fn prepare(
     let id = services.set("test", manner, endpoints, Instant::now());
     let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
     let listener = Listener {
-        fd,
+        fd: fd.into(),
         name: "test".into(),
         place: Arc::default(),
         proxy_protocol: ProxyProtocol::Off,

@@ -352,10 +352,12 @@ impl Worker {
                     // Whoever asked may have stopped waiting: nothing is lost.
                     let _ = to.send(self.rows());
                 }
+                Letter::Help(lent) => self.help(lent),
                 Letter::Services(update) => {
                     self.mailbox.throw_away(self.services.swap(update));
                     self.mailbox.set_revision(self.services.table().revision);
                 }
+                Letter::StopHelping => self.stop_helping(),
             }
         }
         if self.drain_until.is_some_and(|until| until <= self.clock.now()) {

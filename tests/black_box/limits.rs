@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use socket2::SockRef;
 
 use crate::harness::{Net, Place, Weir, check, echo, receive, said, send, until};
@@ -117,6 +120,73 @@ fn connections_spread_over_the_workers() {
     assert!(workers.len() == 2 && workers.values().all(|flows| *flows < 1300), "{workers:?}");
     drop((flows, listener));
     weir.end(&net);
+}
+
+/// A worker that its host does not run (here: a debugger holds its thread) keeps its own flows waiting, and
+/// nobody else.
+struct Held(Pid);
+
+impl Held {
+    fn worker(weir: &Weir, index: usize) -> Held {
+        let tasks = format!("/proc/{}/task", weir.pid());
+        let name = format!("weir-w{index}\n");
+        let mut tasks = std::fs::read_dir(tasks).unwrap().map(|task| task.unwrap().path());
+        let task = tasks.find(|task| std::fs::read_to_string(task.join("comm")).unwrap() == name);
+        let number = task.unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let thread = Pid::from_raw(number);
+        ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(thread).unwrap();
+        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        Held(thread)
+    }
+
+    fn let_go(self) {
+        ptrace::detach(self.0, None).unwrap();
+    }
+}
+
+/// RS7: a stalled worker's queue is rescued, in either way to accept; it takes part again afterwards.
+#[test]
+fn connections_of_a_worker_that_does_not_run_are_served_by_another() {
+    for balance in ["round_robin", "consistent_hash"] {
+        let net = Net::new();
+        echo(net.listen(Place::Server, SERVER));
+        let config = format!(
+            "workers: 2\nforward: [{{ name: a, listen: \"{LISTEN}\", balance: {balance}, endpoints: [\"{SERVER}\"] }}]\n"
+        );
+        let weir = Weir::run(&net, &config);
+        let serve = |count: u64| {
+            let mut flows: Vec<_> =
+                (0..count).map(|_| net.connect(Place::Client, LISTEN)).collect();
+            for (seed, flow) in (0..).zip(&mut flows) {
+                send(flow, seed, 1000).unwrap();
+            }
+            (0..).zip(&mut flows).for_each(|(seed, flow)| check(flow, seed, 1000));
+            flows
+        };
+        drop(serve(8));
+        until("all have ended", || weir.active() == 0);
+        let sockets = weir.descriptors("socket:");
+        let held = Held::worker(&weir, 1);
+        let flows = serve(64);
+        let by = |worker: u64| {
+            let flows = weir.flows();
+            flows.iter().filter(|flow| flow["id"].as_u64().unwrap() >> 56 == worker).count()
+        };
+        assert_eq!(weir.metric("weir_worker_stalls_total", &[]), 1);
+        assert!(weir.log().contains("worker 0 takes them"), "{}", weir.log());
+        drop(flows);
+        held.let_go();
+        until("the other one's sockets are given back", || weir.descriptors("socket:") <= sockets);
+        until("both serve again", || {
+            let flows = serve(16);
+            let both = by(0) > 0 && by(1) > 0;
+            drop(flows);
+            both
+        });
+        assert_eq!(weir.metric("weir_worker_stalls_total", &[]), 1);
+        weir.end(&net);
+    }
 }
 
 /// Limits that cannot be kept are refused with the number that is needed.

@@ -64,7 +64,7 @@ fn connection_of_a_listener_that_goes_is_reset_and_not_served_elsewhere() {
     let endpoints = vec![Endpoint::new(server(echo))];
     let id = services.set("test", manner, endpoints, Instant::now());
     let listener = Listener {
-        fd: door.into(),
+        fd: Arc::new(door.into()),
         name: "test".into(),
         place: Arc::default(),
         proxy_protocol: ProxyProtocol::Off,
