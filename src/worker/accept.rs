@@ -11,21 +11,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::destination::Destination;
-use super::loops::LoopWatch;
 use super::proxy_header::Header;
 use super::slab::Peers;
 use super::sources::Sources;
 use super::turn::Worker;
 use super::wheel::Clock;
 use super::{Listener, Place, Route, Setup};
-use crate::addr::{Downstream, OriginalDst, canonical};
+use crate::addr::{Downstream, OriginalDst};
 use crate::capture::SourcePorts;
-use crate::config::ProxyProtocol;
 use crate::metrics::{Denied, Origin};
 use crate::op::{FlowId, Kind, Segment, Side, Token};
 use crate::ring::{AcceptInto, Event};
 use crate::service::Balance;
 use crate::sys::socket;
+
+pub(super) use state::State;
+use state::{Accept, Fate};
+
+mod state;
 
 /// The listeners of one worker, and what decides whether they may accept.
 pub(super) struct Listening {
@@ -37,58 +40,6 @@ pub(super) struct Listening {
     pub(super) source_ports: SourcePorts,
     sources: Sources,
     pub(super) states: Vec<State>,
-}
-
-/// One listener.
-pub(super) struct State {
-    accept: Accept,
-    /// Where it listens.
-    addr: Option<SocketAddr>,
-    fate: Fate,
-    /// Closed once nothing will be accepted any more.
-    pub(super) fd: Option<Arc<OwnedFd>>,
-    /// Open flows that came by it.
-    pub(super) flows: u32,
-    /// Of another worker, which does not turn just now.
-    is_lent: bool,
-    pub(super) loops: LoopWatch,
-    pub(super) origin: Origin,
-    /// Where it lives.
-    pub(super) place: Arc<Place>,
-    /// Where it listens: who is accepted for this port was not captured.
-    pub(super) port: u16,
-    pub(super) proxy_protocol: ProxyProtocol,
-    /// Connections that a drain still takes from the queue, so that it ends even in a storm.
-    rest: u32,
-    pub(super) route: Route,
-    pub(super) workload: Arc<str>,
-}
-
-/// What a listener does when its accept ends.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Fate {
-    /// It is closed at once.
-    Closes,
-    /// Who waits is served, and then it is closed.
-    Drains,
-    /// It accepts again.
-    Serves,
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Accept {
-    /// A request is in flight and asked to end.
-    Cancelled,
-    /// None in flight.
-    Idle,
-    /// Draining: a request for what still waits in the queue is in flight.
-    Last,
-    /// A request for one connection after the other is in flight.
-    Many,
-    /// A request for one connection is in flight.
-    One,
-    /// None in flight, and there will be none.
-    Over,
 }
 
 impl Worker {
@@ -517,78 +468,6 @@ impl Listening {
     fn ones(&self) -> u32 {
         let ones = self.states.iter().filter(|state| state.accept == Accept::One);
         u32::try_from(ones.count()).unwrap_or(u32::MAX)
-    }
-}
-
-impl State {
-    pub(super) fn new(listener: Listener, backlog: u32) -> State {
-        let Listener { fd, place, proxy_protocol, route, workload, .. } = listener;
-        let origin = match &route {
-            Route::Recorded(_) => Origin::OutboundConnect,
-            Route::Named => Origin::OutboundTakeover,
-            Route::Rewritten { origin, .. }
-            | Route::Service { origin, .. }
-            | Route::Socket { origin, .. } => *origin,
-        };
-        let addr = socket::local_name(fd.as_fd()).ok();
-        let port = addr.map_or(0, |addr| addr.port());
-        State {
-            accept: Accept::Idle,
-            addr,
-            fate: Fate::Serves,
-            fd: Some(fd),
-            flows: 0,
-            is_lent: false,
-            loops: LoopWatch::new(),
-            origin,
-            place,
-            port,
-            proxy_protocol,
-            rest: backlog,
-            route,
-            workload,
-        }
-    }
-
-    /// For another worker's socket of the same address.
-    pub(super) fn lent(&self, fd: Arc<OwnedFd>, backlog: u32) -> State {
-        State {
-            accept: Accept::Idle,
-            addr: self.addr,
-            fate: Fate::Serves,
-            fd: Some(fd),
-            flows: 0,
-            is_lent: true,
-            loops: LoopWatch::new(),
-            origin: self.origin,
-            place: Arc::clone(&self.place),
-            port: self.port,
-            proxy_protocol: self.proxy_protocol,
-            rest: backlog,
-            route: self.route.clone(),
-            workload: Arc::clone(&self.workload),
-        }
-    }
-
-    pub(super) const fn is_lent(&self) -> bool {
-        self.is_lent
-    }
-
-    pub(super) fn serves_at(&self, place: u32, addr: SocketAddr) -> bool {
-        self.place.number == place
-            && self.addr == Some(canonical(addr))
-            && self.fate == Fate::Serves
-    }
-
-    /// Nothing will come of it any more, and no flow knows it.
-    fn is_vacant(&self) -> bool {
-        self.accept == Accept::Over && self.flows == 0
-    }
-
-    /// Closing the socket makes the kernel refuse whoever comes later.
-    fn end(&mut self) {
-        self.accept = Accept::Over;
-        self.fd = None;
     }
 }
 
