@@ -22,7 +22,6 @@ pub fn profile(profile: &Profile) -> Value {
             "entries": ring.entries,
             "completions": ring.completions,
             "spin_us": micros(ring.spin),
-            "coalesce_us": micros(ring.coalesce),
         },
         "buffers": {
             "small_count": buffers.small_count,
