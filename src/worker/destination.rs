@@ -57,8 +57,9 @@ impl Worker {
             let is_direct = dst.port() == state.port;
             return Err(if is_direct { Denied::Direct } else { Denied::OwnPort });
         }
-        let is_outbound = state.origin.is_outbound();
-        if let Some(id) = self.services.table().at(dst).filter(|_| is_outbound) {
+        if state.origin.is_outbound()
+            && let Some(id) = self.services.table().at(dst)
+        {
             let endpoint = self.endpoint_of(id, key_of(downstream.addr().ip()))?;
             return Ok(Destination { original_dst: Some(dst), ..endpoint });
         }
