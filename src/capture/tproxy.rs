@@ -60,12 +60,13 @@ fn foreign(draft: &mut Draft, inbound: &Inbound, own_ports: &[u16], to: &str) {
     let lead = format!("meta mark set meta mark & {:#x} | {FOREIGN_MARK:#x}", !MARK_MASK);
     let port = inbound.listen.port();
     // A connection that is being made or has ended has no mark of its own, so it is not asked for. A
-    // listener, found by its port alone, is none of these.
+    // listener, found by its port alone, is none of these. A SYN that meets an old connection in
+    // TIME_WAIT begins a new one: only `tproxy` knows that (`nf_tproxy_handle_time_wait4`).
     draft.first(
         Hook::Prerouting,
         format!(
-            "iif != lo tcp dport != {port} socket transparent 1 fib daddr type unicast {lead} \
-             counter notrack accept"
+            "iif != lo tcp dport != {port} tcp flags & (syn | ack) != syn socket transparent 1 fib \
+             daddr type unicast {lead} counter notrack accept"
         ),
     );
     if inbound.leaves {

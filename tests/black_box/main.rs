@@ -18,6 +18,7 @@ mod inbound;
 mod life;
 mod limits;
 mod loops;
+mod modes;
 mod outbound;
 mod outbound_nft;
 mod peers;
