@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The process and its threads: descriptors, CPUs, signals, time.
-#![expect(unsafe_code, reason = "membarrier(2) has no safe wrapper")]
+#![expect(
+    unsafe_code,
+    reason = "membarrier(2) and what a child does before exec have no safe wrapper"
+)]
 
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
+use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpid, getppid, gettid};
 
 /// Raises the soft limit of descriptors to the hard one and says what it is now.
 ///
@@ -53,8 +60,25 @@ pub fn block_signals() -> io::Result<()> {
 pub fn made(step: &str) {
     if cfg!(debug_assertions) && std::env::var("WEIR_DIE_AFTER").is_ok_and(|last| last == step) {
         // A process may always kill itself.
-        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::signal::kill(getpid(), Signal::SIGKILL);
     }
+}
+
+/// The child will be killed when the main thread ends (prctl(2)), and so as soon as we are: our
+/// descriptors are open until the last of our threads has run once more to its end, and one that is
+/// pinned to a busy CPU waits for that. Does nothing on another thread, which may end before us.
+pub fn dies_with_us(command: &mut Command) {
+    let parent = getpid();
+    if gettid() != parent {
+        return;
+    }
+    let before_exec = move || -> io::Result<()> {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // We may have been killed before it was set.
+        if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }
+    };
+    // SAFETY: it makes two syscalls, allocates nothing and takes no lock (signal-safety(7)).
+    unsafe { command.pre_exec(before_exec) };
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, the clock of `bpf_ktime_get_ns`.

@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::scope;
 
@@ -194,6 +195,30 @@ fn reload_that_fails_half_way_leaves_the_node_closed() {
     assert!(guard.contains("8003"), "{guard}");
     net.run(Place::Node, &[crate::harness::weir(), "rules", "clear"]);
     until("the node is clean", || net.is_clean());
+}
+
+/// LC6: whoever holds the rules refuses a change and ends: the reload says what it said last.
+#[test]
+fn reload_that_nft_refuses_says_why() {
+    let net = Net::new();
+    let directory = tempfile::TempDir::new().unwrap();
+    let nft = directory.path().join("nft");
+    // The first thing that it is told it does, the second one it refuses.
+    let script = "#!/bin/sh\n[ \"$1\" = -i ] || exec /usr/sbin/nft \"$@\"\n\
+                  { head -n 1; read second; echo 'refused by the test' >&2; } | /usr/sbin/nft -i\n";
+    std::fs::write(&nft, script).unwrap();
+    std::fs::set_permissions(&nft, PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH").unwrap());
+    let config =
+        |port| format!("workers: 1\ninbound: {{ source: own, ports: {{ exclude: [{port}] }} }}");
+    let mut command = net.command(Place::Node, crate::harness::weir());
+    command.env("PATH", path);
+    let weir = Weir::run_as(command, &config(8001));
+    assert!(!weir.reload(&config(8002)));
+    assert!(weir.log().contains("change the nft table: refused by the test"), "{}", weir.log());
+    // What it held is put back.
+    until("it is ready", || weir.ask("/readyz").unwrap().starts_with("HTTP/1.0 200"));
+    weir.end(&net);
 }
 
 /// What cannot change is named and kept; the rest of the file is taken.

@@ -2,8 +2,8 @@
 //! A table that lives as long as we do.
 //!
 //! `flags owner` binds it to the netlink socket that made it (nft(8)): a child `nft -i`, which ends
-//! when its standard input closes, so also when we are killed. Nobody else can change or flush an
-//! owned table.
+//! when its standard input closes, or our main thread ends, so also when we are killed. Nobody else can
+//! change or flush an owned table.
 
 use std::io::{self, Read, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -11,10 +11,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use super::draft::{Draft, STOPPED};
 use super::{making, missing, refused};
 use crate::capture::CaptureError;
 use crate::sys::memory::text_file;
+use crate::sys::process;
 
 /// Our table in the kernel, and the child that owns it.
 #[derive(Debug)]
@@ -35,7 +38,8 @@ pub(in crate::capture) struct Table {
 impl Table {
     /// Makes the table, in one transaction.
     pub(in crate::capture) fn install(draft: &Draft) -> Result<Table, CaptureError> {
-        let mut child = Command::new("nft")
+        let mut command = Command::new("nft");
+        command
             .arg("-i")
             // It would keep a history of its commands there.
             .env("HOME", "/nonexistent")
@@ -43,30 +47,24 @@ impl Table {
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(missing)?;
+            .stderr(Stdio::piped());
+        process::dies_with_us(&mut command);
+        let mut child = command.spawn().map_err(missing)?;
+        if let Some(errors) = &child.stderr {
+            // A pipe refuses nobody this flag.
+            let _ = fcntl(errors, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
+        }
         let input = child.stdin.take();
         let (chains, stop, texts) = (draft.chains(), draft.stop(), Vec::new());
         let mut table = Table { chains, child, input, revision: 0, stop, texts };
-        let made = table
-            .run(&making(draft))
-            .and_then(|()| table.wait_until(&["-t", "list", "table", "inet", "weir"]));
-        match made {
-            Ok(true) => Ok(table),
-            Ok(false) => Err(refused("install the nft table", &table.last_words())),
-            // It has ended before it was told anything: it knows why.
-            Err(source) if source.kind() == io::ErrorKind::BrokenPipe => {
-                Err(refused("install the nft table", &table.last_words()))
-            }
-            Err(source) => Err(refused("install the nft table", &source.to_string())),
-        }
+        let there = ["-t", "list", "table", "inet", "weir"];
+        table.take("install the nft table", &making(draft), &there)?;
+        Ok(table)
     }
 
     /// Has these rules from now on, in one transaction. Sets keep what is in them, so that flows that
     /// are remembered stay remembered.
     pub(in crate::capture) fn change(&mut self, draft: &Draft) -> Result<(), CaptureError> {
-        let failed = |source: io::Error| refused("change the nft table", &source.to_string());
         let (old, new) = (format!("revision_{}", self.revision), self.revision + 1);
         let done = format!("revision_{new}");
         let mut text = format!("flush table inet weir\n{}", draft.table());
@@ -78,13 +76,10 @@ impl Table {
             text.push_str(&format!("delete chain inet weir {chain}\n"));
         }
         text.push_str(&format!("add chain inet weir {done}\n"));
-        self.run(&text).map_err(failed)?;
-        if self.wait_until(&["list", "chain", "inet", "weir", &done]).map_err(failed)? {
-            (self.chains, self.revision, self.stop) = (chains, new, draft.stop());
-            self.texts.clear();
-            return Ok(());
-        }
-        Err(refused("change the nft table", "nft did not take it"))
+        self.take("change the nft table", &text, &["list", "chain", "inet", "weir", &done])?;
+        (self.chains, self.revision, self.stop) = (chains, new, draft.stop());
+        self.texts.clear();
+        Ok(())
     }
 
     /// Takes no more connections. Best effort: if the child is gone, so is the table.
@@ -98,6 +93,22 @@ impl Table {
     /// The child runs, and so the table stands: nobody else can remove it.
     pub(in crate::capture) fn stands(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The child does what `text` says, and nft answers `ask` when it is done.
+    fn take(&mut self, step: &str, text: &str, ask: &[&str]) -> Result<(), CaptureError> {
+        let why = match self.run(text).and_then(|()| self.wait_until(ask)) {
+            Ok(true) => return Ok(()),
+            Ok(false) if self.stands() => "nft did not take it".to_owned(),
+            Err(source) if source.kind() != io::ErrorKind::BrokenPipe => source.to_string(),
+            // It has closed its input, so this is no long wait.
+            _ => self
+                .child
+                .wait()
+                .map_or_else(|error| error.to_string(), |over| format!("nft: {over}")),
+        };
+        let said = self.words();
+        Err(refused(step, if said.trim().is_empty() { &why } else { &said }))
     }
 
     /// The child reads `text` as one transaction.
@@ -124,15 +135,14 @@ impl Table {
         Ok(false)
     }
 
-    /// What the child said, after it was made to end.
-    fn last_words(&mut self) -> String {
-        self.end();
-        let mut said = String::new();
+    /// What the child has said since it was asked last; it may go on.
+    fn words(&mut self) -> String {
+        let mut said = Vec::new();
         if let Some(errors) = &mut self.child.stderr {
-            // What cannot be read is not there to be told.
-            let _ = errors.read_to_string(&mut said);
+            // It ends with `EAGAIN`; what came before is there.
+            let _ = errors.read_to_end(&mut said);
         }
-        said
+        String::from_utf8_lossy(&said).into_owned()
     }
 
     fn end(&mut self) {
