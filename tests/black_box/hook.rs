@@ -31,7 +31,7 @@ const REFUSED: &str = "ConnectionRefusedError\nConnectionRefusedError";
 const SERVED: &str = "10.98.2.2:80\n[fd98:2::2]:80";
 
 fn closed(cgroup: &Cgroup) -> String {
-    format!("on_exit: closed\n{}", config(cgroup, ""))
+    format!("on_exit: closed\n{}", config("connect", cgroup, ""))
 }
 
 /// Somebody else's connect hook on `cgroup`, so many times, while the object lives.
@@ -183,7 +183,7 @@ fn filters_that_do_not_fit_change_nothing() {
 /// CH2: a weir that is stopped, not dead: connects pass it by, until it goes on.
 #[test]
 fn stopped_weir_lets_connects_pass() {
-    let rig = Rig::new("");
+    let rig = Rig::new("connect", "");
     assert_eq!(rig.says(TRY), SERVED);
     assert_eq!(rig.weir.opened(), 2);
     rig.weir.signal(Signal::SIGSTOP);
@@ -244,7 +244,8 @@ fn closed_hook_outlives_weir_and_is_taken_over() {
     let other = Net::new();
     greet(other.listen(Place::Server, "10.98.2.2:80"));
     assert_eq!(says(&cgroup, &other, "dial(V4, ('10.98.2.2', 80))"), "10.98.2.2 80 10.98.2.2:80");
-    let open = Weir::run_as(bpffs.command(&net, Place::Node, weir()), &config(&cgroup, ""));
+    let open =
+        Weir::run_as(bpffs.command(&net, Place::Node, weir()), &config("connect", &cgroup, ""));
     assert_eq!(says(&cgroup, &net, TRY), SERVED);
     assert_eq!(bpffs.pins(&net), Vec::<String>::new());
     open.end(&net);
@@ -313,7 +314,7 @@ fn programs_of_others_above_and_below_keep_working() {
     let net = Net::new();
     servers(&net);
     let below = foreign(inner.directory(), "10.98.2.2:80", "10.98.2.2:81", 1);
-    let weir = Weir::run(&net, &config(&inner, ""));
+    let weir = Weir::run(&net, &config("connect", &inner, ""));
     let heard = says(&inner, &net, "dial(V4, ('10.98.2.2', 80))");
     assert_eq!((heard.as_str(), weir.opened()), ("10.98.2.2 81 10.98.2.2:81", 1));
     drop(below);
@@ -339,7 +340,7 @@ fn capabilities_of_the_service_are_enough() {
     let (net, cgroup) = (Net::new(), Cgroup::new());
     servers(&net);
     net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
-    let text = format!("inbound: {{}}\n{}", config(&cgroup, ""));
+    let text = format!("inbound: {{}}\n{}", config("connect", &cgroup, ""));
     let under = |capabilities: &str| {
         let mut command = net.command(Place::Node, "setpriv");
         command.arg(format!("--bounding-set=-all,{capabilities}")).arg("--inh-caps=-all");
@@ -363,7 +364,7 @@ fn capabilities_of_the_service_are_enough() {
 /// places, with the peer's name and the sender's as without weir.
 #[test]
 fn datagrams_are_left_alone() {
-    let rig = Rig::new("");
+    let rig = Rig::new("connect", "");
     for ip in Net::SERVER {
         let addr = SocketAddr::new(ip.parse().unwrap(), 53);
         let socket = rig.net.within(Place::Server, || std::net::UdpSocket::bind(addr)).unwrap();
@@ -395,7 +396,7 @@ for query in b'one', b'two':
 /// in passes the hook by.
 #[test]
 fn socket_from_outside_is_not_taken() {
-    let rig = Rig::new("");
+    let rig = Rig::new("connect", "");
     let place = tempfile::TempDir::new().unwrap();
     let path = place.path().join("handed");
     let giver = format!(

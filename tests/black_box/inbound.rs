@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::scope;
 
@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::harness::{
-    Net, PATIENCE, Place, Weir, check, config_file, echo, expect_reset, said, send, until, weir,
+    Net, Place, Weir, check, config_file, echo, expect_eof, expect_reset, said, send, until, weir,
 };
 
 /// Namespaces in which replies can be led back by mark.
@@ -78,33 +78,6 @@ fn stopped_weir_keeps_clients_waiting() {
     }
 }
 
-/// TP8, TP10: both families; the workload sees the client, weir knows the destination, and no
-/// entry is made on any leg although connection tracking is on.
-#[test]
-fn workload_sees_its_client_and_nothing_is_tracked() {
-    let net = prepared();
-    let app = net.listen(Place::Node, "[::]:80");
-    let weir = Weir::run(&net, "workers: 2\ninbound: {}");
-    for (door, client_ip) in doors() {
-        let (mut client, mut served, seen) = meet(&net, &app, &door);
-        assert_eq!(seen, client_ip);
-        client.write_all(b"ping").unwrap();
-        served.read_exact(&mut [0; 4]).unwrap();
-        let flow = weir.flows().remove(0);
-        assert_eq!(flow["direction"], "inbound");
-        assert_eq!(flow["capture"], "tproxy");
-        assert_eq!(flow["original_dst"], door);
-        assert_eq!(flow["downstream"], client.local_addr().unwrap().to_string());
-        no_conntrack(&net);
-        drop((client, served));
-        until("the flow ends", || weir.active() == 0);
-    }
-    let opened = ["direction=\"inbound\"", "capture=\"tproxy\""];
-    assert_eq!(weir.metric("weir_flows_opened_total", &opened), 2);
-    drop(app);
-    weir.end(&net);
-}
-
 /// TP3: hundreds of flows of one client at a time; each source port is free on both sides.
 #[test]
 fn hundreds_of_flows_of_one_client_stand_side_by_side() {
@@ -137,18 +110,8 @@ fn client_port_used_twice_makes_two_flows() {
     echo(net.listen(Place::Node, "10.98.1.1:80"));
     echo(net.listen(Place::Node, "10.98.1.1:81"));
     let weir = Weir::run(&net, "workers: 1\ninbound: {}");
-    let dial = |door: &str| -> TcpStream {
-        let door: SocketAddr = door.parse().unwrap();
-        net.within(Place::Client, || {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            socket.set_reuse_address(true).unwrap();
-            socket.bind(&"10.98.1.2:12345".parse::<SocketAddr>().unwrap().into()).unwrap();
-            socket.connect(&door.into()).unwrap();
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
-            socket.into()
-        })
-    };
-    let mut both = [dial("10.98.1.1:80"), dial("10.98.1.1:81")];
+    let dial = |door| net.connect_from(Place::Client, "10.98.1.2:12345", door);
+    let mut both = ["10.98.1.1:80", "10.98.1.1:81"].map(dial);
     for (seed, stream) in both.iter_mut().enumerate() {
         send(stream, seed as u64, 50_000).unwrap();
         check(stream, seed as u64, 50_000);
@@ -233,19 +196,60 @@ fn removed_rule_is_put_back() {
     weir.end(&net);
 }
 
-/// TP5: clients on the node itself are not taken: they reach the workload directly.
+/// TP5: ports that are left out, and clients on the node itself, are not taken: they reach the workload
+/// directly.
 #[test]
-fn client_on_the_node_goes_directly() {
-    let net = prepared();
-    echo(net.listen(Place::Node, "[::]:80"));
-    let weir = Weir::run(&net, "workers: 1\ninbound: {}");
-    for door in ["10.98.1.1:80", "127.0.0.1:80", "[::1]:80", "[fd98:1::1]:80"] {
-        let mut stream = net.connect(Place::Node, door);
-        send(&mut stream, 1, 1000).unwrap();
-        check(&mut stream, 1, 1000);
+fn what_is_left_out_goes_directly() {
+    for capture in ["tproxy", "redirect"] {
+        let net = Net::new();
+        echo(net.listen(Place::Node, "[::]:80"));
+        echo(net.listen(Place::Node, "[::]:8022"));
+        let config = format!(
+            "workers: 1\ninbound: {{ capture: {capture}, source: own, ports: {{ exclude: [\"8000-8100\"] }} }}"
+        );
+        let weir = Weir::run(&net, &config);
+        let directly = [
+            (Place::Client, "10.98.1.1:8022"),
+            (Place::Client, "[fd98:1::1]:8022"),
+            (Place::Node, "10.98.1.1:80"),
+            (Place::Node, "127.0.0.1:80"),
+            (Place::Node, "[::1]:80"),
+            (Place::Node, "[fd98:1::1]:80"),
+        ];
+        for (place, door) in directly.into_iter().chain([(Place::Client, "10.98.1.1:80")]) {
+            let mut stream = net.connect(place, door);
+            send(&mut stream, 1, 1000).unwrap();
+            check(&mut stream, 1, 1000);
+            let taken = u64::from(!directly.contains(&(place, door)));
+            assert_eq!(weir.opened(), taken, "{capture}: {door}");
+        }
+        until("the direct ones are gone, too", || net.sockets().is_empty());
+        weir.end(&net);
     }
-    assert_eq!(weir.opened(), 0);
-    until("the node's own connections are gone", || net.sockets().is_empty());
+}
+
+/// TP2: weir was the first to end, and dials from the same port again at once: by their timestamps the kernel
+/// tells the new connection from the one that rests in TIME_WAIT. Without timestamps such ports are passed
+/// over, and who finds none is reset at once.
+#[test]
+fn resting_port_is_used_again_if_there_are_timestamps() {
+    let net = prepared();
+    echo(net.listen(Place::Node, "10.98.1.1:80"));
+    let weir = Weir::run(&net, "workers: 1\ninbound: { source_ports: 20000-20063 }");
+    let ask = || -> std::io::Result<()> {
+        let mut client = net.try_connect(Place::Client, "10.98.1.1:80")?;
+        client.write_all(b"x")?;
+        client.read_exact(&mut [0])?;
+        client.shutdown(Shutdown::Write)?;
+        expect_eof(&client);
+        until("the flow has ended", || weir.active() == 0);
+        Ok(())
+    };
+    let served = || (0..200).take_while(|_| ask().is_ok()).count();
+    assert_eq!(served(), 200, "with 64 ports");
+    net.set(Place::Node, "net.ipv4.tcp_timestamps=0");
+    assert_eq!(served(), 64, "one for each port");
+    assert_eq!(weir.closed("local_limit") + weir.denied("source_ports"), 1);
     weir.end(&net);
 }
 
@@ -271,64 +275,6 @@ fn direct_dials_are_refused_and_nothing_loops() {
     send(&mut stream, 1, 100).unwrap();
     check(&mut stream, 1, 100);
     drop(stream);
-    weir.end(&net);
-}
-
-/// Ports that are left out, and those of weir itself, are not taken.
-#[test]
-fn excluded_port_goes_directly() {
-    let net = prepared();
-    echo(net.listen(Place::Node, "[::]:80"));
-    echo(net.listen(Place::Node, "[::]:8022"));
-    let weir = Weir::run(
-        &net,
-        "workers: 1\ninbound: { ports: { include: all, exclude: [\"8000-8100\"] } }",
-    );
-    for (door, flows) in [("10.98.1.1:8022", 0), ("10.98.1.1:80", 1)] {
-        let mut stream = net.connect(Place::Client, door);
-        send(&mut stream, 1, 100).unwrap();
-        check(&mut stream, 1, 100);
-        assert_eq!(weir.opened(), flows, "{door}");
-    }
-    until("the direct one is gone too", || net.sockets().is_empty());
-    weir.end(&net);
-}
-
-/// TP10: a listener of one family takes that family and leaves the other alone.
-#[test]
-fn listener_of_one_family_leaves_the_other_alone() {
-    let net = prepared();
-    echo(net.listen(Place::Node, "[::]:80"));
-    for listen in ["0.0.0.0:15006", "[fd98:1::1]:15006"] {
-        let weir = Weir::run(&net, &format!("workers: 1\ninbound: {{ listen: \"{listen}\" }}"));
-        for (door, _) in doors() {
-            let mut stream = net.connect(Place::Client, &door);
-            send(&mut stream, 1, 100).unwrap();
-            check(&mut stream, 1, 100);
-        }
-        until("one flow", || weir.opened() == 1);
-        until("it ends", || weir.closed("finished") == 1);
-        weir.end(&net);
-    }
-}
-
-/// `source: own` needs no sysctl, no rule and no route, and tracks nothing either.
-#[test]
-fn own_source_needs_no_sysctl_and_tracks_nothing() {
-    let net = Arc::new(Net::new());
-    let app = net.listen(Place::Node, "[::]:80");
-    let weir = Weir::run(&net, "workers: 1\ninbound: { source: own }");
-    assert!(!net.run(Place::Node, &["ip", "rule"]).contains("133"));
-    for (door, client_ip) in doors() {
-        let (mut client, mut served, seen) = meet(&net, &app, &door);
-        assert_ne!(seen, client_ip);
-        scope(|scope| {
-            scope.spawn(|| send(&mut served, 1, 500_000).unwrap());
-            check(&mut client, 1, 500_000);
-        });
-        no_conntrack(&net);
-    }
-    drop(app);
     weir.end(&net);
 }
 

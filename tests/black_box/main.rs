@@ -20,6 +20,7 @@ mod limits;
 mod loops;
 mod modes;
 mod outbound;
+mod outbound_connect;
 mod outbound_nft;
 mod peers;
 mod programs;

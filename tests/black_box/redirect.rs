@@ -8,93 +8,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::thread::scope;
 use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
-
 use crate::harness::{Cgroup, Net, PATIENCE, Place, Weir, check, echo, send, until};
 
 const OWN: &str = "workers: 2\ninbound: { capture: redirect, source: own }";
-
-fn doors() -> [(String, &'static str); 2] {
-    let [v4, v6] = Net::NODE;
-    [(format!("{v4}:80"), Net::CLIENT[0]), (format!("[{v6}]:80"), Net::CLIENT[1])]
-}
-
-fn tracked(net: &Net) -> usize {
-    net.conntrack().lines().count()
-}
-
-/// TP8, TP10: both families through one `[::]` listener; weir knows where the client meant to go, and
-/// each flow costs two entries, one for each leg.
-#[test]
-fn both_families_reach_what_they_dialled() {
-    let net = Net::new();
-    let app = net.listen(Place::Node, "[::]:80");
-    let weir = Weir::run(&net, OWN);
-    for (count, (door, client_ip)) in (1..).zip(doors()) {
-        let mut client = net.connect(Place::Client, &door);
-        let (mut served, seen) = app.accept().unwrap();
-        assert_ne!(seen.ip().to_canonical().to_string(), client_ip);
-        client.write_all(b"ping").unwrap();
-        served.read_exact(&mut [0; 4]).unwrap();
-        let flow = weir.flows().remove(0);
-        assert_eq!((&flow["direction"], &flow["capture"]), (&"inbound".into(), &"redirect".into()));
-        assert_eq!(flow["original_dst"], door);
-        assert_eq!(flow["downstream"], client.local_addr().unwrap().to_string());
-        assert_eq!(tracked(&net), 2 * count, "{}", net.conntrack());
-        drop((client, served));
-        until("the flow ends", || weir.active() == 0);
-    }
-    let opened = ["direction=\"inbound\"", "capture=\"redirect\""];
-    assert_eq!(weir.metric("weir_flows_opened_total", &opened), 2);
-    drop(app);
-    weir.end(&net);
-}
-
-/// `source: keep`: the workload sees its client, and only the client's leg is tracked.
-#[test]
-fn workload_sees_its_client() {
-    let net = Net::new();
-    net.set(Place::Node, "net.ipv4.tcp_fwmark_accept=1");
-    let app = net.listen(Place::Node, "[::]:80");
-    let weir = Weir::run(&net, "workers: 1\ninbound: { capture: redirect }");
-    for (count, (door, client_ip)) in (1..).zip(doors()) {
-        let mut client = net.connect(Place::Client, &door);
-        let (mut served, seen) = app.accept().unwrap();
-        assert_eq!(seen.ip().to_canonical().to_string(), client_ip);
-        scope(|scope| {
-            scope.spawn(|| send(&mut served, 1, 500_000).unwrap());
-            check(&mut client, 1, 500_000);
-        });
-        assert_eq!(tracked(&net), count, "{}", net.conntrack());
-    }
-    drop(app);
-    weir.end(&net);
-}
-
-/// Excluded ports, other families and clients on the node itself go directly.
-#[test]
-fn what_is_left_out_goes_directly() {
-    let net = Net::new();
-    echo(net.listen(Place::Node, "[::]:80"));
-    echo(net.listen(Place::Node, "[::]:8022"));
-    let config = "workers: 1\ninbound: { capture: redirect, source: own, listen: \"0.0.0.0:15006\", \
-                  ports: { exclude: [\"8000-8100\"] } }";
-    let weir = Weir::run(&net, config);
-    let directly = [
-        (Place::Client, "10.98.1.1:8022"),
-        (Place::Client, "[fd98:1::1]:80"),
-        (Place::Node, "10.98.1.1:80"),
-        (Place::Node, "127.0.0.1:80"),
-    ];
-    for (place, door) in directly.into_iter().chain([(Place::Client, "10.98.1.1:80")]) {
-        let mut stream = net.connect(place, door);
-        send(&mut stream, 1, 1000).unwrap();
-        check(&mut stream, 1, 1000);
-        assert_eq!(weir.opened(), u64::from(!directly.contains(&(place, door))), "{door}");
-    }
-    until("the direct ones are gone, too", || net.sockets().is_empty());
-    weir.end(&net);
-}
 
 /// TP7, RD2: who dials the capture port is refused and counted, tracked or not; somebody's rule that
 /// leads weir's dials back to weir makes one turn, and it ends.
@@ -156,19 +72,8 @@ fn changed_client_port_is_counted_and_reaches_its_destination() {
         crate::outbound::greet(net.listen(Place::Node, &format!("{ip}:80")));
     }
     let weir = Weir::run(&net, "workers: 1\ninbound: { capture: redirect, source: own }");
-    let dial = |door: &str| -> TcpStream {
-        let door: SocketAddr = door.parse().unwrap();
-        net.within(Place::Client, || {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            socket.set_reuse_address(true).unwrap();
-            socket.bind(&"10.98.1.2:12345".parse::<SocketAddr>().unwrap().into()).unwrap();
-            socket.connect(&door.into()).unwrap();
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
-            socket.into()
-        })
-    };
     let doors = ["10.98.1.1:80", "10.98.1.9:80"];
-    let mut both = doors.map(dial);
+    let mut both = doors.map(|door| net.connect_from(Place::Client, "10.98.1.2:12345", door));
     for (stream, door) in both.iter_mut().zip(doors) {
         let mut heard = [0; 12];
         stream.read_exact(&mut heard).unwrap();

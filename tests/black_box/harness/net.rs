@@ -188,6 +188,19 @@ impl Net {
         Ok(stream)
     }
 
+    /// As `connect`, from an address and a port that may be in use towards others.
+    pub(crate) fn connect_from(&self, place: Place, from: &str, to: &str) -> TcpStream {
+        let [from, to] = [from, to].map(|addr| addr.parse::<SocketAddr>().unwrap());
+        self.within(place, || {
+            let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&from.into()).unwrap();
+            socket.connect(&to.into()).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.into()
+        })
+    }
+
     /// Connects and is reset, which may come before the connect returns.
     pub(crate) fn is_reset(&self, place: Place, addr: &str) {
         match self.try_connect(place, addr) {
