@@ -84,8 +84,8 @@ impl Endpoint {
 pub struct Manner {
     /// How one is chosen.
     pub balance: Balance,
-    /// Whether active checks decide about its endpoints, and how often they look.
-    pub check_interval: Option<Duration>,
+    /// Whether active checks decide about its endpoints.
+    pub check: Option<Check>,
     /// An endpoint that joins or comes back takes this long to get its full share; 0 for at once.
     pub slow_start: Duration,
     /// Endpoints of this zone come first; empty for no preference.
@@ -96,7 +96,40 @@ impl Manner {
     /// As a service goes that asks for nothing but `balance`.
     #[must_use]
     pub fn of(balance: Balance) -> Manner {
-        Manner { balance, check_interval: None, slow_start: Duration::ZERO, zone: "".into() }
+        Manner { balance, check: None, slow_start: Duration::ZERO, zone: "".into() }
+    }
+}
+
+/// Looking at endpoints although no flow goes there.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Check {
+    /// How often.
+    pub interval: Duration,
+    /// What counts as in order.
+    pub kind: CheckKind,
+}
+
+/// What an endpoint must do to be in order; the later ones ask for more.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum CheckKind {
+    /// It accepts connections.
+    Tcp,
+    /// It answers a heartbeat of SOFABolt.
+    Bolt,
+    /// It answers a heartbeat of Dubbo.
+    Dubbo,
+}
+
+impl CheckKind {
+    /// The words of a config.
+    pub const WORDS: [(&str, CheckKind); 3] =
+        [("bolt", CheckKind::Bolt), ("dubbo", CheckKind::Dubbo), ("tcp", CheckKind::Tcp)];
+
+    /// The word of a config.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        let found = CheckKind::WORDS.iter().find(|(_, kind)| *kind == self);
+        found.map_or("", |(word, _)| word)
     }
 }
 

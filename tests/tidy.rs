@@ -188,7 +188,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
         "control",
         &[
             "worker", "capture", "config", "profile", "sys", "metrics", "op", "ring", "service",
-            "takeover", "addr", "bpf",
+            "takeover", "addr", "bpf", "wire",
         ],
     ),
     ("exchange", &["op", "profile", "metrics", "service", "wire"]),

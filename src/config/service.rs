@@ -4,21 +4,32 @@
 use std::time::Duration;
 
 use super::claims::{ADDRESS, address, address_of};
-use crate::service::{Balance, Endpoint, Manner};
+use crate::service::{Balance, Check, CheckKind, Endpoint, Manner};
 use crate::yaml::{Kind, Mistakes, Node, Place, Section};
 
 /// The keys that say how an endpoint is chosen.
 pub(super) fn manner(section: &mut Section, mistakes: &mut Mistakes) -> Manner {
     let balance = section.word("balance", &Balance::WORDS, mistakes);
     let zone = section.parsed::<String>("zone", "a word", mistakes).unwrap_or_default();
-    let check = section.number("check_interval_ms", 0..=CHECK_MS_MAX, mistakes).unwrap_or(0);
+    let check = check(section, mistakes);
     let slow_start = section.number("slow_start_ms", 0..=SLOW_START_MS_MAX, mistakes).unwrap_or(0);
     Manner {
         balance: balance.unwrap_or(Balance::RoundRobin),
-        check_interval: (check > 0).then(|| Duration::from_millis(check)),
+        check,
         slow_start: Duration::from_millis(slow_start),
         zone: zone.into(),
     }
+}
+
+fn check(section: &mut Section, mistakes: &mut Mistakes) -> Option<Check> {
+    let (place, path) = (section.place(), section.path("check"));
+    let kind = section.word("check", &CheckKind::WORDS, mistakes);
+    let interval = section.number("check_interval_ms", 0..=CHECK_MS_MAX, mistakes).unwrap_or(0);
+    if interval == 0 && kind.is_some() {
+        mistakes.add(place, &path, "nobody looks: say how often with `check_interval_ms`");
+    }
+    let interval = (interval > 0).then(|| Duration::from_millis(interval));
+    interval.map(|interval| Check { interval, kind: kind.unwrap_or(CheckKind::Tcp) })
 }
 
 /// The `endpoints` of a section; `None` if the key is not there.

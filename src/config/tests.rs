@@ -2,7 +2,7 @@
 //! What a config may say, and what is said about one that is wrong.
 
 use super::*;
-use crate::service::Balance;
+use crate::service::{Balance, Check, CheckKind};
 
 fn mistakes(text: &str) -> Vec<String> {
     let shown = Config::parse("weir.yaml", None, text).unwrap_err().to_string();
@@ -59,7 +59,10 @@ fn endpoint_may_carry_weight_and_zone() {
     ];
     let manner = Manner {
         balance: Balance::Weighted,
-        check_interval: Some(std::time::Duration::from_millis(500)),
+        check: Some(Check {
+            interval: std::time::Duration::from_millis(500),
+            kind: CheckKind::Tcp,
+        }),
         slow_start: std::time::Duration::from_secs(2),
         zone: "a".into(),
     };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Active checks: tries from the control thread whether endpoints accept connections.
+//! Active checks: tries from the control thread whether endpoints accept connections, or answer a
+//! heartbeat.
 //!
 //! Each address is tried once an interval, however many services have it; at most so many at a
 //! time. What is found goes into the directory, and from there to the workers.
@@ -10,17 +11,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use super::services::Services;
-use crate::service::Table;
+use crate::service::{Check, CheckKind, Table};
+use crate::wire::{Stop, bolt, dubbo};
 
 /// What was found at an address, and when to look again.
 struct Record {
     /// Attempts in a row that contradict what is believed.
     against: u8,
-    interval: Duration,
+    check: Check,
     is_healthy: bool,
     is_looking: bool,
     next: Instant,
@@ -41,9 +44,10 @@ pub(super) async fn run(services: Arc<Services>, mark: Option<u32>) {
         let due = records.iter_mut().filter(|(_, record)| !record.is_looking && record.next <= now);
         for (addr, record) in due.take(PROBES_MAX.saturating_sub(probes.len())) {
             record.is_looking = true;
-            record.next = now + record.interval;
-            let (addr, within) = (*addr, record.interval.min(PROBE_WITHIN));
-            probes.spawn(async move { (addr, answers(addr, within, mark).await) });
+            record.next = now + record.check.interval;
+            let (addr, Check { interval, kind }) = (*addr, record.check);
+            let within = interval.min(PROBE_WITHIN);
+            probes.spawn(async move { (addr, answers(addr, kind, within, mark).await) });
         }
         let rest = if records.is_empty() { IDLE_LOOK } else { LOOK };
         tokio::select! {
@@ -61,24 +65,25 @@ pub(super) async fn run(services: Arc<Services>, mark: Option<u32>) {
     }
 }
 
-/// The addresses of all services that want to be checked, each at its shortest interval, and with what
-/// the table believes of them.
+/// The addresses of all services that want to be checked, each at its shortest interval and by what asks
+/// for most, and with what the table believes of them.
 fn refresh(records: &mut HashMap<SocketAddr, Record>, table: &Table) {
-    let mut wanted: HashMap<SocketAddr, (Duration, bool)> = HashMap::new();
+    let mut wanted: HashMap<SocketAddr, (Check, bool)> = HashMap::new();
     for service in table.services() {
-        let Some(interval) = service.manner.check_interval else { continue };
+        let Some(check) = service.manner.check else { continue };
         for member in service.members() {
-            let believed = (interval, member.is_healthy);
-            let (shortest, _) = wanted.entry(member.endpoint.addr).or_insert(believed);
-            *shortest = (*shortest).min(interval);
+            let believed = (check, member.is_healthy);
+            let (all, _) = wanted.entry(member.endpoint.addr).or_insert(believed);
+            all.interval = all.interval.min(check.interval);
+            all.kind = all.kind.max(check.kind);
         }
     }
     records.retain(|addr, _| wanted.contains_key(addr));
-    for (addr, (interval, is_healthy)) in wanted {
+    for (addr, (check, is_healthy)) in wanted {
         let new =
-            || Record { against: 0, interval, is_healthy, is_looking: false, next: Instant::now() };
+            || Record { against: 0, check, is_healthy, is_looking: false, next: Instant::now() };
         let record = records.entry(addr).or_insert_with(new);
-        record.interval = interval;
+        record.check = check;
         // It may have left and come back between two looks: what the table believes is what a check
         // can contradict.
         if record.is_healthy != is_healthy {
@@ -100,10 +105,52 @@ impl Record {
     }
 }
 
-/// Whether a connection is accepted there in time.
-pub(super) async fn answers(addr: SocketAddr, within: Duration, mark: Option<u32>) -> bool {
-    let connected = tokio::time::timeout(within, connect(addr, mark)).await;
-    matches!(connected, Ok(Ok(_)))
+/// Whether who is there does in time what `kind` asks for.
+pub(super) async fn answers(
+    addr: SocketAddr,
+    kind: CheckKind,
+    within: Duration,
+    mark: Option<u32>,
+) -> bool {
+    let look = async {
+        let stream = connect(addr, mark).await?;
+        match kind {
+            CheckKind::Bolt => beats(stream, &bolt::heartbeat(BEAT), is_bolt_beat).await,
+            CheckKind::Dubbo => beats(stream, &dubbo::heartbeat(BEAT.into()), is_dubbo_beat).await,
+            CheckKind::Tcp => Ok(true),
+        }
+    };
+    matches!(tokio::time::timeout(within, look).await, Ok(Ok(true)))
+}
+
+/// Whether the first thing that is said there is an answer to this heartbeat.
+async fn beats(
+    mut stream: TcpStream,
+    heartbeat: &[u8],
+    is_answer: fn(&[u8]) -> Result<bool, Stop>,
+) -> io::Result<bool> {
+    stream.write_all(heartbeat).await?;
+    let mut said = Vec::new();
+    loop {
+        match is_answer(&said) {
+            Err(Stop::NeedMore(_)) if said.len() < BEAT_BYTES_MAX => {}
+            answer => return Ok(answer == Ok(true)),
+        }
+        if stream.read_buf(&mut said).await? == 0 {
+            return Ok(false);
+        }
+    }
+}
+
+fn is_bolt_beat(said: &[u8]) -> Result<bool, Stop> {
+    let frame = bolt::parse(said)?;
+    Ok(frame.kind == bolt::Kind::HeartbeatAnswer && frame.request_id == BEAT && frame.status == 0)
+}
+
+fn is_dubbo_beat(said: &[u8]) -> Result<bool, Stop> {
+    let frame = dubbo::parse(said)?;
+    let is_answer = frame.kind == dubbo::Kind::Response && frame.is_event;
+    Ok(is_answer && frame.request_id == u64::from(BEAT) && frame.status == DUBBO_WELL)
 }
 
 /// Whether a connection is accepted there and stays for a moment: a weir whose application is gone
@@ -126,6 +173,11 @@ async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
     socket.connect(addr).await
 }
 
+/// The id of every heartbeat, each of which has a connection of its own.
+const BEAT: u32 = 1;
+/// An answer is a tenth of it.
+const BEAT_BYTES_MAX: usize = 256;
+const DUBBO_WELL: u8 = 20;
 /// Attempts in a row that change what is believed.
 const TURNS_AFTER: u8 = 2;
 /// Attempts at a time.
@@ -143,11 +195,42 @@ mod tests {
     use crate::service::{Balance, Directory, Endpoint, Manner};
 
     fn directory(addrs: &[SocketAddr], directory: &mut Directory) -> Arc<Table> {
-        let check_interval = Some(Duration::from_millis(10));
-        let manner = Manner { check_interval, ..Manner::of(Balance::RoundRobin) };
+        let check = Some(Check { interval: Duration::from_millis(10), kind: CheckKind::Tcp });
+        let manner = Manner { check, ..Manner::of(Balance::RoundRobin) };
         let endpoints = addrs.iter().map(|addr| Endpoint::new(*addr)).collect();
         directory.set("a", manner, endpoints, Instant::now());
         directory.table()
+    }
+
+    /// Services that share an address may ask for different things.
+    #[test]
+    fn address_is_looked_at_as_often_and_as_closely_as_any_service_asks() {
+        let addr: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        let (mut book, mut records) = (Directory::default(), HashMap::new());
+        for (name, ms, kind) in [("a", 10, CheckKind::Tcp), ("b", 500, CheckKind::Bolt)] {
+            let check = Some(Check { interval: Duration::from_millis(ms), kind });
+            let manner = Manner { check, ..Manner::of(Balance::RoundRobin) };
+            book.set(name, manner, vec![Endpoint::new(addr)], Instant::now());
+        }
+        refresh(&mut records, &book.table());
+        let expected = Check { interval: Duration::from_millis(10), kind: CheckKind::Bolt };
+        assert_eq!(records[&addr].check, expected);
+    }
+
+    #[test]
+    fn only_an_answer_to_the_heartbeat_is_one() {
+        let mut bolt = vec![1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(is_bolt_beat(&bolt), Ok(true));
+        assert!(matches!(is_bolt_beat(&bolt[..9]), Err(Stop::NeedMore(_))));
+        assert_eq!(is_bolt_beat(&bolt::heartbeat(BEAT)), Ok(false), "an echo");
+        bolt[8] = 2;
+        assert_eq!(is_bolt_beat(&bolt), Ok(false), "another id");
+        assert!(is_bolt_beat(b"HTTP/1.1 400").is_err());
+        let mut dubbo = vec![0xda, 0xbb, 0x22, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, b'N'];
+        assert_eq!(is_dubbo_beat(&dubbo), Ok(true));
+        assert_eq!(is_dubbo_beat(&dubbo::heartbeat(BEAT.into())), Ok(false), "an echo");
+        dubbo[3] = 80;
+        assert_eq!(is_dubbo_beat(&dubbo), Ok(false), "in trouble");
     }
 
     /// Whatever came between, a check contradicts what the table says, so that what it finds is news.

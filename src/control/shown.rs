@@ -262,7 +262,10 @@ fn manner(manner: &Manner, shown: &mut Value) {
         shown["zone"] = json!(manner.zone);
     }
     let ms = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
-    shown["check_interval_ms"] = manner.check_interval.map_or(0, ms).into();
+    shown["check_interval_ms"] = manner.check.map_or(0, |check| ms(check.interval)).into();
+    if let Some(check) = &manner.check {
+        shown["check"] = check.kind.word().into();
+    }
     shown["slow_start_ms"] = ms(manner.slow_start).into();
 }
 
@@ -336,6 +339,7 @@ forward:
     balance: weighted
     zone: a
     check_interval_ms: 500
+    check: dubbo
     slow_start_ms: 2000
 takeover:
   api: "127.0.0.1:23330"
@@ -346,6 +350,7 @@ takeover:
   balance: least_flows
   zone: a
   check_interval_ms: 500
+  check: bolt
   slow_start_ms: 2000
   registries:
     - { name: main, kind: static, services: [{ name: "a:1", parameters: "v=1", endpoints: ["10.0.0.1:2", { addr: "10.0.0.2:2", weight: 1, zone: b }] }] }

@@ -17,7 +17,7 @@ use super::services::{self, Services};
 use super::serving::{Bounds, serve};
 use super::{RunError, Running, checks};
 use crate::config::{Config, Takeover, Wanted};
-use crate::service::{Balance, Endpoint, Manner, ServiceId};
+use crate::service::{Balance, CheckKind, Endpoint, Manner, ServiceId};
 use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
 use crate::worker::Handle;
 
@@ -229,7 +229,8 @@ impl TakingOver {
             }
             let application = self.lock().application();
             let Some(addr) = application else { continue };
-            is_up = checks::answers(addr, WATCH_EVERY, mark).await;
+            let kind = self.manner.check.map_or(CheckKind::Tcp, |check| check.kind);
+            is_up = checks::answers(addr, kind, WATCH_EVERY, mark).await;
             let mut desk = self.lock();
             if desk.application() == Some(addr) {
                 desk.note_health(is_up);

@@ -93,9 +93,7 @@ impl Directory {
         for index in 0..self.services.len() {
             let Some(service) = &self.services[index] else { continue };
             let is_concerned = |member: &Member| member.endpoint.addr == addr;
-            if service.manner.check_interval.is_none()
-                || !service.members().iter().any(is_concerned)
-            {
+            if service.manner.check.is_none() || !service.members().iter().any(is_concerned) {
                 continue;
             }
             let (id, name, manner) =
@@ -168,8 +166,7 @@ impl Directory {
     }
 
     fn member(&self, endpoint: Endpoint, id: EndpointId, manner: &Manner) -> Member {
-        let is_healthy =
-            manner.check_interval.is_none() || !self.unhealthy.contains(&endpoint.addr);
+        let is_healthy = manner.check.is_none() || !self.unhealthy.contains(&endpoint.addr);
         let joined = self.slots[id.slot as usize].joined.filter(|_| !manner.slow_start.is_zero());
         Member { endpoint, id, is_healthy, joined }
     }

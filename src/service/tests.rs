@@ -196,7 +196,7 @@ fn near_zone_comes_first_while_most_of_it_is_in_use() {
 #[test]
 fn checks_take_out_and_bring_back_slowly() {
     let manner = Manner {
-        check_interval: Some(Duration::from_secs(1)),
+        check: Some(Check { interval: Duration::from_secs(1), kind: CheckKind::Tcp }),
         slow_start: Duration::from_secs(10),
         ..Manner::of(Balance::RoundRobin)
     };
@@ -221,8 +221,8 @@ fn checks_take_out_and_bring_back_slowly() {
 
 #[test]
 fn endpoint_that_comes_back_is_new_unless_another_service_has_it() {
-    let check_interval = Some(Duration::from_secs(1));
-    let manner = Manner { check_interval, ..Manner::of(Balance::RoundRobin) };
+    let check = Some(Check { interval: Duration::from_secs(1), kind: CheckKind::Tcp });
+    let manner = Manner { check, ..Manner::of(Balance::RoundRobin) };
     let mut bench = Bench::new(manner.clone(), endpoints(&[100]));
     let healthy = |bench: &Bench| {
         let service = bench.last.services().find(|service| &*service.name == NAME).unwrap();

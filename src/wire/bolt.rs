@@ -96,6 +96,15 @@ pub fn parse(bytes: &[u8]) -> Result<Frame<'_>, Stop> {
     Ok(Frame { codec, frame_len, has_crc, kind, request_id, service, status, timeout_ms, version })
 }
 
+/// "Are you there?", as a client of v1 asks it.
+#[must_use]
+pub fn heartbeat(request_id: u32) -> [u8; 22] {
+    let [a, b, c, d] = request_id.to_be_bytes();
+    let [e, f, g, h] = HEARTBEAT_TIMEOUT_MS.to_be_bytes();
+    let [high, low] = HEARTBEAT.to_be_bytes();
+    [1, REQUEST, high, low, 1, a, b, c, d, HESSIAN, e, f, g, h, 0, 0, 0, 0, 0, 0, 0, 0]
+}
+
 /// Whether the checksum of a whole frame is right; true for one that has none.
 #[must_use]
 pub fn is_intact(frame: &Frame<'_>, bytes: &[u8]) -> bool {
@@ -194,6 +203,10 @@ const GOAWAY: u16 = 100;
 const CRC_SWITCH: u8 = 1;
 const CRC_BYTES: u64 = 4;
 const LENGTH_MAX: u16 = 32_767;
+/// What Java peers say; nobody looks at it.
+const HEARTBEAT_TIMEOUT_MS: u32 = 3_000;
+/// A codec: of nothing, here.
+const HESSIAN: u8 = 1;
 
 /// The remainders of all bytes by the polynomial 0xedb88320.
 const CRC_TABLE: [u32; 256] = {

@@ -87,6 +87,14 @@ pub fn parse(bytes: &[u8]) -> Result<Frame<'_>, Stop> {
     Ok(Frame { frame_len, is_event, kind, request_id, serialization, service, status })
 }
 
+/// "Are you there?": an event that wants an answer, with nothing in it.
+#[must_use]
+pub fn heartbeat(request_id: u64) -> [u8; 17] {
+    let [a, b, c, d, e, f, g, h] = request_id.to_be_bytes();
+    let flags = REQUEST | TWO_WAY | EVENT | HESSIAN2;
+    [MAGIC[0], MAGIC[1], flags, 0, a, b, c, d, e, f, g, h, 0, 0, 0, 1, hessian::NULL]
+}
+
 /// The first three strings: Dubbo's own version, the interface, the interface's version.
 fn service<'a>(reader: &mut Reader<'a>, end: usize) -> Result<Service<'a>, Stop> {
     // Nothing behind the body belongs to it.

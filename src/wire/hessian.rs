@@ -3,13 +3,16 @@
 
 use super::{Reader, Stop};
 
+/// Null, and all of a value that is nothing.
+pub(super) const NULL: u8 = b'N';
+
 /// A string of at most `STRING_BYTES_MAX` bytes, or null.
 ///
 /// Its length counts UTF-16 units, so its bytes are walked: a Java peer writes what is beyond the
 /// basic plane as two units of three bytes, others as four bytes that count two.
 pub(super) fn string<'a>(reader: &mut Reader<'a>) -> Result<Option<&'a [u8]>, Stop> {
     let mut units = match reader.u8()? {
-        b'N' => return Ok(None),
+        NULL => return Ok(None),
         short @ 0x00..=0x1f => u16::from(short),
         middle @ 0x30..=0x33 => u16::from(middle - 0x30) << 8 | u16::from(reader.u8()?),
         b'S' => reader.u16()?,

@@ -3,7 +3,8 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Cgroup, Net, PATIENCE, Place, Weir, run, until};
@@ -110,6 +111,72 @@ fn checks_find_the_dead_before_a_flow_does() {
     assert_eq!(weir.opened(), 0, "checks are no flows");
     drop((one, other));
     weir.end(&net);
+}
+
+/// A provider that answers every heartbeat on every connection, until it hangs: then it takes connections and
+/// says nothing. A heartbeat has as many bytes as `beat`.
+pub(crate) fn heart(listener: TcpListener, beat: usize, answer: &'static [u8]) -> Arc<Heart> {
+    let heart = Arc::new(Heart::default());
+    let own = Arc::clone(&heart);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, heart) = (stream.unwrap(), Arc::clone(&own));
+            std::thread::spawn(move || {
+                let mut heard = vec![0; beat];
+                while stream.read_exact(&mut heard).is_ok() && !heart.hangs.load(Ordering::Relaxed)
+                {
+                    heart.beats.fetch_add(1, Ordering::Relaxed);
+                    // Who asks may have gone.
+                    let _ = stream.write_all(answer);
+                }
+                // Nothing more is said, and the connection stays.
+                let _ = stream.read_to_end(&mut heard);
+            });
+        }
+    });
+    heart
+}
+
+#[derive(Default)]
+pub(crate) struct Heart {
+    pub(crate) beats: AtomicU64,
+    pub(crate) hangs: AtomicBool,
+}
+
+/// What a provider says to the heartbeat of a check, and how long that is.
+pub(crate) const BOLT_BEAT: (usize, &[u8]) =
+    (22, &[1, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+const DUBBO_BEAT: (usize, &[u8]) =
+    (17, &[0xda, 0xbb, 0x22, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, b'N']);
+
+/// A provider that accepts and does not answer heartbeats is out of use within two looks and the time that
+/// each may take, here 800 ms; it is back when it answers, and checks are no flows.
+#[test]
+fn provider_that_hangs_is_found_by_its_heartbeat() {
+    for (kind, (beat, answer)) in [("bolt", BOLT_BEAT), ("dubbo", DUBBO_BEAT)] {
+        let net = Net::new();
+        let hearts =
+            [0, 1].map(|number| heart(net.listen(Place::Server, SERVERS[number]), beat, answer));
+        let config = format!(
+            "workers: 1\nforward: [{{ listen: \"{LISTEN}\", check: {kind}, check_interval_ms: 200, \
+             endpoints: [\"{}\", \"{}\"] }}]",
+            SERVERS[0], SERVERS[1]
+        );
+        let weir = Weir::run(&net, &config);
+        until("both are looked at", || {
+            hearts.iter().all(|heart| heart.beats.load(Ordering::Relaxed) > 2)
+        });
+        assert_eq!([0, 1].map(|number| state(&weir, SERVERS[number])), ["in_use", "in_use"]);
+        hearts[0].hangs.store(true, Ordering::Relaxed);
+        let hung = Instant::now();
+        until("it is out of use", || state(&weir, SERVERS[0]) == "unhealthy");
+        assert!(hung.elapsed() < Duration::from_secs(2), "{kind}: {:?}", hung.elapsed());
+        assert_eq!(state(&weir, SERVERS[1]), "in_use", "{kind}");
+        hearts[0].hangs.store(false, Ordering::Relaxed);
+        until("it is in use again", || state(&weir, SERVERS[0]) == "in_use");
+        assert_eq!(weir.opened(), 0, "checks are no flows");
+        weir.end(&net);
+    }
 }
 
 /// An endpoint that was found dead, was taken out and comes back is in use as soon as it lives.

@@ -3,12 +3,15 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::harness::{
     Net, PATIENCE, Place, Weir, check, echo, expect_eof, expect_reset, send, until, weir,
 };
+use crate::services::{BOLT_BEAT, heart};
 
 pub(crate) const SERVICE: &str = "com.a.DemoService:1.0";
 /// The consumer's weir is in the node, the provider's in the server.
@@ -131,6 +134,33 @@ fn call_goes_through_both_sidecars() {
     drop(orphan);
     consumer.end(&net);
     provider.end(&net);
+}
+
+/// With `check: bolt` an application that accepts and does not answer is not published, and is withdrawn if it
+/// was.
+#[test]
+fn application_that_hangs_is_withdrawn() {
+    let net = Net::new();
+    let weir = Weir::run(
+        &net,
+        "workers: 1\ntakeover: { advertise: 10.98.2.1, check: bolt, check_interval_ms: 1000 }",
+    );
+    let (beat, answer) = BOLT_BEAT;
+    let heart = heart(net.listen(Place::Node, APP), beat, answer);
+    heart.hangs.store(true, Ordering::Relaxed);
+    ask(&net, Place::Node, "/services/publish", Some(&service(Some("20880"))));
+    ask(&net, Place::Node, "/services/subscribe", Some(&service(None)));
+    let published = || ask(&net, Place::Node, "/services", None)[SERVICE] != json!([]);
+    let several_looks = Instant::now() + Duration::from_secs(3);
+    until("it is looked at", || {
+        assert!(!published());
+        Instant::now() > several_looks
+    });
+    heart.hangs.store(false, Ordering::Relaxed);
+    until("it is published", published);
+    heart.hangs.store(true, Ordering::Relaxed);
+    until("it is withdrawn", || !published());
+    weir.end(&net);
 }
 
 /// A request that comes byte by byte arrives whole, and so does the answer.

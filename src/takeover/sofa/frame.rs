@@ -58,8 +58,7 @@ pub(super) fn answer(out: &mut Vec<u8>, id: u32, class: &str, message: &impl Mes
 
 /// "Are you there?"
 pub(super) fn heartbeat(out: &mut Vec<u8>, id: u32) {
-    let head = Head { direction: REQUEST, command: HEARTBEAT, id, codec: HESSIAN };
-    head.write(out, &REQUEST_TIMEOUT_MS.to_be_bytes(), "", &());
+    out.extend(bolt::heartbeat(id));
 }
 
 /// "I am."
