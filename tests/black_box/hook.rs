@@ -12,7 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 use nix::sys::signal::Signal;
 use weir::bpf::{ConnectHook, Filters, HookPlan};
 
-use crate::harness::{Bpffs, Cgroup, Net, Place, Weir, until, weir};
+use crate::harness::{Bpffs, Cgroup, Net, Place, Weir, rounds, until, weir};
 use crate::outbound::{PRELUDE, Rig, config, greet, python, says, servers};
 
 /// A dial that prints what happened to it.
@@ -452,3 +452,64 @@ fn one_of_several_cgroups_is_taken_up_again() {
     assert_eq!(other.programs().matches("weir_connect4").count(), 1);
     weir.end(&net);
 }
+
+/// CH12: weir ends and starts again, and again, under a storm of connects; each of them is classified by the
+/// address that it got: loopback if it was taken. A closed hook passes from one weir to the next without a
+/// moment in which a connect goes directly; an open one goes with its weir, and a drain fails nobody.
+#[test]
+fn restarts_under_load_fail_nobody_who_can_be_served() {
+    let counts = ["taken", "direct", "refused", "broken"];
+    for (on_exit, signal, never) in [
+        ("closed", Signal::SIGTERM, &["direct", "broken"][..]),
+        ("closed", Signal::SIGKILL, &["direct"]),
+        ("open", Signal::SIGTERM, &["refused", "broken"]),
+    ] {
+        let (net, cgroup, bpffs) = (Net::new(), Cgroup::new(), Bpffs::new());
+        servers(&net);
+        let config = format!("on_exit: {on_exit}\n{}", config("connect", &cgroup, ""));
+        let start = || Weir::run_as(bpffs.command(&net, Place::Node, weir()), &config);
+        let mut weir = start();
+        let script = format!("{PRELUDE}\n{STORM}");
+        let mut workload = cgroup.command(&net, Place::Node, &["python3", "-c", &script]);
+        let mut workload = workload.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        for round in 0..rounds(8, 100) {
+            until("connects are taken", || weir.opened() > 10);
+            let own = |name| cgroup.programs().matches(name).count();
+            let both = (own("weir_connect4"), own("weir_connect6"));
+            assert_eq!(both, (1, 1), "{on_exit}, {signal}, {round}: never two of ours");
+            weir.signal(signal);
+            let _ = weir.wait();
+            weir = start();
+        }
+        drop(workload.stdin.take());
+        let output = workload.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        let said = said.split_whitespace().map(|count| count.parse::<u64>().unwrap());
+        let said: Vec<_> = counts.into_iter().zip(said).collect();
+        assert_eq!(said.len(), 4, "{on_exit}, {signal}");
+        for (what, count) in said.iter().filter(|(what, _)| never.contains(what)) {
+            assert_eq!(*count, 0, "{on_exit}, {signal}: {what} of {said:?}");
+        }
+        assert!(said[0].1 > 50, "{on_exit}, {signal}: {said:?}");
+        weir.kill();
+    }
+}
+
+/// Dials until its input ends; counts what became of each.
+const STORM: &str = "
+import select
+taken = direct = refused = broken = 0
+while not select.select([sys.stdin], [], [], 0)[0]:
+    s = socket.socket(V4); s.settimeout(20)
+    try:
+        s.connect(('10.98.2.2', 80))
+        own = s.getsockname()[0]
+        assert s.makefile().readline() == '10.98.2.2:80\\n'
+        if own == '127.0.0.1': taken += 1
+        else: direct += 1
+    except ConnectionRefusedError:
+        refused += 1
+    except (AssertionError, OSError):
+        broken += 1
+    s.close()
+print(taken, direct, refused, broken)";
