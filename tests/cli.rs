@@ -369,3 +369,175 @@ fn reload_of_a_relative_path_finds_nothing_changed() {
     assert!(ready.success() && said.contains("the config is reloaded"), "{said}");
     assert!(!said.contains("cannot change"), "{said}");
 }
+
+/// README and the pages of docs/ and tuning/, by their names.
+fn pages() -> Vec<(String, String)> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = docs.chain(["README.md", "tuning/README.md"].map(|name| root.join(name)));
+    pages.map(|page| (page.display().to_string(), fs::read_to_string(&page).unwrap())).collect()
+}
+
+/// What a page quotes, and the lines of its blocks.
+fn quoted(page: &str) -> Vec<&str> {
+    let mut quoted = Vec::new();
+    for (index, part) in page.split("```").enumerate() {
+        match index % 2 {
+            0 => quoted.extend(part.split('`').skip(1).step_by(2)),
+            _ => quoted.extend(part.lines()),
+        }
+    }
+    quoted
+}
+
+/// Every command that a page names is there, with its options.
+#[test]
+fn commands_of_the_docs_exist() {
+    let mut found = 0;
+    for (page, text) in pages() {
+        for line in quoted(&text) {
+            let line = line.trim_start_matches("sudo ").trim_start_matches("target/release/");
+            let Some(words) = line.split('#').next().unwrap().strip_prefix("weir ") else {
+                continue;
+            };
+            let words: Vec<&str> =
+                words.split([' ', '[', ']']).filter(|word| !word.is_empty()).collect();
+            let is_verb = |word: &&&str| word.chars().all(|c| c.is_ascii_lowercase() || c == '|');
+            let verbs: Vec<&str> = words.iter().take_while(is_verb).copied().take(2).collect();
+            // `rules show|apply|clear` are three.
+            let all: Vec<Vec<&str>> = match verbs[..] {
+                [] => continue,
+                [verb] => vec![vec![verb]],
+                [verb, inner, ..] => inner.split('|').map(|inner| vec![verb, inner]).collect(),
+            };
+            for verbs in all {
+                let help = output(&[&verbs[..], &["--help"]].concat());
+                assert!(help.status.success(), "{page}: `{line}`: {}", stderr(&help));
+                let help = String::from_utf8(help.stdout).unwrap();
+                for option in words.iter().filter(|word| word.starts_with('-')) {
+                    assert!(help.contains(option), "{page}: `{line}`: no {option}");
+                }
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 50, "{found} commands");
+}
+
+/// Every config that a page shows is right.
+#[test]
+fn configs_of_the_docs_are_right() {
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("weir.yaml");
+    let mut found = 0;
+    for (page, text) in pages() {
+        for block in text.split("```yaml\n").skip(1) {
+            fs::write(&file, block.split("```").next().unwrap()).unwrap();
+            let check = weir().args(["config", "check"]).arg(&file).output().unwrap();
+            assert!(check.status.success(), "{page}: {}", stderr(&check));
+            found += 1;
+        }
+    }
+    assert!(found >= 4, "{found} configs");
+}
+
+/// The keys below `schema`, with those above them.
+fn keys(schema: &serde_json::Value, whole: &serde_json::Value, above: &str, all: &mut Vec<String>) {
+    if let Some(name) = schema["$ref"].as_str() {
+        let name = name.trim_start_matches('#');
+        return keys(whole.pointer(name).unwrap(), whole, above, all);
+    }
+    for choice in ["anyOf", "oneOf", "allOf"].iter().flat_map(|word| schema[*word].as_array()) {
+        choice.iter().for_each(|one| keys(one, whole, above, all));
+    }
+    if schema["items"].is_object() {
+        keys(&schema["items"], whole, above, all);
+    }
+    for (key, inner) in schema["properties"].as_object().into_iter().flatten() {
+        let path = if above.is_empty() { key.clone() } else { format!("{above}.{key}") };
+        keys(inner, whole, &path, all);
+        all.push(path);
+    }
+}
+
+/// The keys of `value`, with those above them.
+fn values(value: &serde_json::Value, above: &str, all: &mut Vec<String>) {
+    for (key, inner) in value.as_object().into_iter().flatten() {
+        let path = if above.is_empty() { key.clone() } else { format!("{above}.{key}") };
+        values(inner, &path, all);
+        all.push(path);
+    }
+}
+
+/// Every key that a page names with those above it is one of a config or of a profile.
+#[test]
+fn keys_of_the_docs_exist() {
+    let json = |arguments: &[&str]| serde_json::from_slice(&output(arguments).stdout).unwrap();
+    let mut all = Vec::new();
+    let schema: serde_json::Value = json(&["config", "schema"]);
+    keys(&schema, &schema, "", &mut all);
+    let profile: serde_json::Value = json(&["tune", "show", "balanced", "-o", "json"]);
+    values(&profile, "", &mut all);
+    let mut found = 0;
+    for (page, text) in pages() {
+        for quoted in quoted(&text) {
+            let path = quoted.split(':').next().unwrap().replace("[]", "");
+            let is_path = path.contains('.')
+                && !path.contains(|c: char| !c.is_ascii_lowercase() && !"._".contains(c));
+            let first = path.split('.').next().unwrap();
+            if !is_path || !all.iter().any(|key| key == first) {
+                continue;
+            }
+            assert!(all.contains(&path), "{page}: there is no key `{path}`");
+            found += 1;
+        }
+    }
+    assert!(found > 50, "{found} keys");
+}
+
+/// The pages name every metric of a running weir with its reasons, and no other.
+#[test]
+fn metrics_of_the_docs_are_those_of_the_program() {
+    let place = TempDir::new().unwrap();
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let [api, inbound, outbound, http] = [free(), free(), free(), free()];
+    let config = format!(
+        "workers: 1\nadmin: {{ socket: admin.sock, http: \"{http}\" }}\n\
+         takeover: {{ api: \"{api}\", inbound: \"{inbound}\", outbound: \"{outbound}\", \
+         registries: [{{ kind: static, services: [] }}] }}\n"
+    );
+    fs::write(place.path().join("weir.yaml"), config).unwrap();
+    let child = weir().current_dir(place.path()).args(["run", "-c", "weir.yaml"]).spawn().unwrap();
+    let running = Running { child, listen: http, place };
+    assert!(running.ask(&["status", "--wait", "20"]).status.success());
+    let mut stream = TcpStream::connect(running.listen).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut metrics = String::new();
+    stream.read_to_string(&mut metrics).unwrap();
+
+    let pages: String = pages().into_iter().map(|(_, text)| text).collect();
+    let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
+    // A series is one more of its family.
+    let families = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let known: Vec<String> = families
+        .map(|line| match line.split_once(' ').unwrap() {
+            (name, "counter") => format!("{name}_total"),
+            (name, _) => name.to_owned(),
+        })
+        .collect();
+    for part in pages.split("weir_").skip(1) {
+        let name = format!("weir_{}", part.split(|c| !is_name(c)).next().unwrap());
+        assert!(known.contains(&name) || name == "weir_guard", "there is no {name}");
+    }
+    for name in &known {
+        assert!(pages.contains(&format!("`{name}")), "no page explains {name}");
+    }
+    for series in metrics.lines().filter(|line| !line.starts_with('#')) {
+        for label in ["reason", "outcome", "part"] {
+            let value = series.split_once(&format!("{label}=\"")).map(|(_, rest)| rest);
+            let Some(value) = value.and_then(|rest| rest.split('"').next()) else { continue };
+            let is_told = [format!("`{value}`"), format!("{label}=\"{value}\"")];
+            assert!(is_told.iter().any(|told| pages.contains(told)), "no page explains {series}");
+        }
+    }
+}
