@@ -17,6 +17,7 @@ pub mod http2;
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests;
 pub mod tls;
+pub mod zookeeper;
 
 /// Why there is nothing to say, or nothing good.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
