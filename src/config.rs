@@ -30,7 +30,7 @@ pub use registry::{
     Credentials, Layout, Named, Registry, RegistryKind, Scope, Sofa, Tree, is_service_name,
     registry_file,
 };
-pub use takeover::{Protection, Takeover, Wanted};
+pub use takeover::{Facade, Protection, Takeover, Wanted};
 
 /// A config to start from, as YAML: both captures, all ports. `weir demo` runs it.
 pub const DEFAULT: &str = include_str!("../deploy/weir.yaml");

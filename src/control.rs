@@ -37,6 +37,7 @@ mod checks;
 pub mod client;
 mod descriptors;
 mod exposition;
+mod facade;
 mod forwarding;
 mod listeners;
 mod looped;
@@ -166,6 +167,14 @@ pub enum RunError {
     /// The kernel does not forward, or not as it must.
     #[error("relay {0}; or use relay auto or copy")]
     Sockmap(SockmapError),
+    /// The façade of takeover.
+    #[error("listen on takeover.facade {addr}: {source} (`ss -ltnp` shows who is there)")]
+    Facade {
+        /// Where.
+        addr: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The application API of takeover.
     #[error("listen on takeover.api {addr}: {source} (`ss -ltnp` shows who is there)")]
     TakeoverApi {

@@ -13,7 +13,11 @@ use crate::service::Endpoint;
 pub use api::router;
 pub use belief::Reason;
 pub use book::{Source, Suspect};
-pub use desk::{Change, Desk, Page, Refusal, RegistryRow};
+pub use desk::{Change, Desk, FacadeRow, Page, Passed, Refusal, RegistryRow};
+pub use facade::{
+    Broken, Claim, Dialogue, Heard, Hello, Names, claims, expired, farewell, hello, is_farewell,
+    is_to_us, removal, untold, welcome,
+};
 pub use file::FileRegistry;
 pub use fixed::FixedRegistry;
 
@@ -23,6 +27,7 @@ mod book;
 mod desk;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod facade;
 mod file;
 mod fixed;
 mod kept;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::claims::{self, Claim};
-use super::registry::{Registry, registries, service_name};
+use super::registry::{Registry, RegistryKind, Tree, registries, service_name};
 use super::service;
 use crate::addr::canonical;
 use crate::service::Manner;
@@ -21,6 +21,8 @@ pub struct Takeover {
     pub api: SocketAddr,
     /// Where a provider listens that does not say so.
     pub app_port: u16,
+    /// A registry for applications that know nothing of weir; `None` if there is none.
+    pub facade: Option<Facade>,
     /// Where calls to this host's provider arrive; the registry holds its port.
     pub inbound: SocketAddr,
     /// How endpoints of services are chosen.
@@ -37,6 +39,17 @@ pub struct Takeover {
     pub services: Vec<Wanted>,
     /// A directory for what must outlive this weir; `None` if nothing has to.
     pub state: Option<PathBuf>,
+}
+
+/// Where weir is a ZooKeeper to the applications of this host.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Facade {
+    /// Its address; on loopback.
+    pub listen: SocketAddr,
+    /// The registry behind it, by its name.
+    pub registry: String,
+    /// Where that is, and how it is written.
+    pub tree: Tree,
 }
 
 /// How long a registry is not believed that says nobody is there, or hardly anybody.
@@ -110,13 +123,16 @@ pub(super) fn takeover(
     let protect = protection(&mut section, mistakes);
     let state = section.parsed::<PathBuf>("state", "a path", mistakes);
     let state = state.map(|state| directory.unwrap_or(Path::new("")).join(state));
+    let facade = section.take("facade");
     let registries = registries(&mut section, directory, mistakes);
+    let facade = facade.and_then(|node| facade_of(node, &registries, claims, mistakes));
     let services = wanted(&mut section, claims, mistakes);
     section.finish(mistakes);
     Takeover {
         advertise,
         api,
         app_port,
+        facade,
         inbound,
         manner,
         outbound,
@@ -125,6 +141,37 @@ pub(super) fn takeover(
         registries,
         services,
         state,
+    }
+}
+
+fn facade_of(
+    node: Node,
+    registries: &[Registry],
+    claims: &mut Vec<Claim>,
+    mistakes: &mut Mistakes,
+) -> Option<Facade> {
+    let (place, path) = (node.place, "takeover.facade");
+    let mut section = Section::open(Some(node), path, mistakes);
+    let listen = claims::address(&mut section, "listen", mistakes).unwrap_or(FACADE);
+    let name = section.parsed::<String>("registry", "the name of a registry", mistakes);
+    section.finish(mistakes);
+    claims.push(Claim::new(path, place, listen));
+    if !listen.ip().is_loopback() {
+        mistakes.add(place, path, format!("`{listen}`: must be a loopback address"));
+    }
+    let is_it = |one: &&Registry| name.as_ref().is_none_or(|name| *name == one.name);
+    let tree = |one: &Registry| match &one.kind {
+        RegistryKind::Zookeeper(tree) => Some((one.name.clone(), tree.clone())),
+        _ => None,
+    };
+    let mut found: Vec<(String, Tree)> = registries.iter().filter(is_it).filter_map(tree).collect();
+    match (found.len(), found.pop()) {
+        (1, Some((registry, tree))) => Some(Facade { listen, registry, tree }),
+        _ => {
+            let text = "must say which registry of kind zookeeper it stands for (`registry: NAME`)";
+            mistakes.add(place, path, text);
+            None
+        }
     }
 }
 
@@ -186,6 +233,8 @@ fn wanted(section: &mut Section, claims: &mut Vec<Claim>, mistakes: &mut Mistake
 /// What the SDKs of SOFA expect unless they are told otherwise.
 const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 13_330);
 const APP_PORT: u16 = 12_200;
+/// Beside ZooKeeper's own port.
+const FACADE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 12_181);
 const INBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 12_201);
 /// The SDKs of SOFA dial this port whatever they are told.
 const OUTBOUND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 12_220);

@@ -186,6 +186,7 @@ async fn metrics(State(running): State<Arc<Running>>) -> impl IntoResponse {
     let fallbacks = running.workers.iter().flat_map(|worker| worker.features().fallbacks());
     let extra = exposition::Extra {
         counted: running.counted.counts(),
+        facade: running.taking_over.as_ref().and_then(TakingOver::facade_row),
         fallbacks: fallbacks.chain(running.fallback).collect(),
         losses: running.records.borrow().losses(),
         registries: running.taking_over.as_ref().map(TakingOver::rows).unwrap_or_default(),

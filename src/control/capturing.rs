@@ -101,6 +101,7 @@ fn taken_in(inbound: &Inbound, leaves: bool) -> capture::Inbound {
 pub(super) fn own_ports(config: &Config, captured: &[Captured]) -> Vec<u16> {
     let takeover = config.takeover.iter().flat_map(|takeover| {
         let own = takeover.services.iter().filter_map(|wanted| wanted.listen);
+        let own = own.chain(takeover.facade.iter().map(|facade| facade.listen));
         own.chain([takeover.api, takeover.inbound, takeover.outbound])
     });
     let others = config.forward.iter().map(|forward| forward.listen).chain(config.admin.http);

@@ -165,7 +165,7 @@ pub(super) async fn stays(addr: SocketAddr, mark: Option<u32>) -> bool {
     }
 }
 
-async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
+pub(super) async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if let Some(mark) = mark {
         socket2::SockRef::from(&socket).set_mark(mark)?;

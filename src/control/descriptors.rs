@@ -5,7 +5,7 @@
 //! takes descriptors of the process: what a relay named by the user may need is there at the
 //! start, or weir does not start.
 
-use super::RunError;
+use super::{RunError, facade};
 use crate::config::Config;
 use crate::profile::{Limits, RelayMode};
 use crate::sys::process;
@@ -21,7 +21,9 @@ pub(super) fn share(config: &Config, workers: usize) -> Result<Share, RunError> 
     if needed > limit {
         return Err(RunError::Descriptors { flows_max, limit, needed, workers });
     }
-    let base = (workers * (listeners(config) + OF_A_WORKER)) as u64 + OF_CONTROL;
+    let facades = config.takeover.iter().filter(|takeover| takeover.facade.is_some()).count();
+    let of_facades = facades * (2 * facade::CONNECTIONS_MAX + 1);
+    let base = (workers * (listeners(config) + OF_A_WORKER) + of_facades) as u64 + OF_CONTROL;
     let Share { pipes_max, spliced_flows_max, .. } = share;
     let wanted = u64::from(pipes_max + spliced_flows_max) * 2 * workers as u64;
     match config.profile.relay.mode {

@@ -12,13 +12,13 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use super::registries::Registries;
+use super::registries::{Facades, Registries};
 use super::tracking::Counts;
 use crate::capture::{Losses, Part};
 use crate::metrics::{Counter, Counters, Denied, Origin, Outcome};
 use crate::op::{CloseReason, Fall, Relay};
 use crate::ring::Fallback;
-use crate::takeover::RegistryRow;
+use crate::takeover::{FacadeRow, RegistryRow};
 
 /// The counters of all workers as text.
 pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
@@ -33,6 +33,7 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
     let mut registry = Registry::with_prefix("weir");
     registry.register_collector(Box::new(totals));
     registry.register_collector(Box::new(Registries(extra.registries)));
+    registry.register_collector(Box::new(Facades(extra.facade)));
     let mut text = String::new();
     // Writing to a string cannot fail; what a collector could not say would be missing.
     let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -44,6 +45,8 @@ pub(super) fn render(counters: &[&Counters], extra: Extra) -> String {
 pub(super) struct Extra {
     /// By the rules of the capture.
     pub(super) counted: Counts,
+    /// If there is one.
+    pub(super) facade: Option<FacadeRow>,
     /// What the kernel lacks, once for each worker that found out.
     pub(super) fallbacks: Vec<Fallback>,
     /// At each connect hook.

@@ -8,7 +8,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use crate::takeover::RegistryRow;
+use crate::takeover::{FacadeRow, RegistryRow};
 
 /// As they are at the moment of asking.
 #[derive(Debug)]
@@ -43,6 +43,36 @@ impl Collector for Registries {
                 let labels = [("registry", row.name.as_str()), ("reason", reason)];
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
+        }
+        Ok(())
+    }
+}
+
+/// The façade, if the config has one.
+#[derive(Debug)]
+pub(super) struct Facades(pub(super) Option<FacadeRow>);
+
+impl Collector for Facades {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let Some(FacadeRow { counts, sessions }) = self.0 else { return Ok(()) };
+        let sessions = ConstGauge::new(i64::try_from(sessions).unwrap_or(i64::MAX));
+        let help = "Sessions of applications that are connected through the façade";
+        let kind = sessions.metric_type();
+        sessions.encode(encoder.encode_descriptor("facade_sessions", help, None, kind)?)?;
+        let kind = ConstCounter::new(0u64).metric_type();
+        let help = "Sessions that were ended because an earlier weir had begun them";
+        let family = encoder.encode_descriptor("facade_expired", help, None, kind)?;
+        ConstCounter::new(counts.expired).encode(family)?;
+        let help = "Providers in ZooKeeper that the façade passed, by what became of their address";
+        let mut family = encoder.encode_descriptor("facade_providers", help, None, kind)?;
+        for (became, count) in [
+            ("direct", counts.direct),
+            ("inbound", counts.inbound),
+            ("outbound", counts.outbound),
+            ("refused", counts.refused),
+        ] {
+            let labels = [("address", became)];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
         }
         Ok(())
     }

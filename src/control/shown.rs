@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Captured, Config, Credentials, Destinations, Forward, Inbound, InboundCapture, Named,
+    Captured, Config, Credentials, Destinations, Facade, Forward, Inbound, InboundCapture, Named,
     Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection, ProxyProtocol, Reach,
     Registry, RegistryKind, Sofa, SourceAddress, Takeover, Tree, Wanted, Workers, Workload,
 };
@@ -170,6 +170,9 @@ fn takeover(takeover: &Takeover) -> Value {
     }
     if let Some(advertise) = takeover.advertise {
         shown["advertise"] = advertise.to_string().into();
+    }
+    if let Some(Facade { listen, registry, .. }) = &takeover.facade {
+        shown["facade"] = json!({ "listen": listen.to_string(), "registry": registry });
     }
     manner(&takeover.manner, &mut shown);
     let registry = |registry: &Registry| match &registry.kind {
@@ -360,6 +363,7 @@ takeover:
   propagation_ms: 1000
   protect: { empty_ms: 1000, drop_percent: 50, drop_ms: 2000 }
   state: /var/lib/weir
+  facade: { listen: "127.0.0.1:22181", registry: keeper }
   services: [{ name: "a:1", listen: "127.0.0.2:80" }, { name: "b:1", virtual: "10.96.0.7:80", protect: off }]
 admin: { socket: /tmp/a.sock, http: "127.0.0.1:3" }
 "#;

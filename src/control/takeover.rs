@@ -11,23 +11,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::services::{self, Services};
 use super::serving::{Bounds, serve};
-use super::{RunError, Running, checks};
+use super::{RunError, Running, checks, facade};
 use crate::config::{Config, Takeover, Wanted};
 use crate::service::{Balance, CheckKind, Endpoint, Manner, ServiceId};
-use crate::takeover::{Change, Desk, Page, RegistryRow, Source, router};
+use crate::takeover::{Change, Desk, FacadeRow, Page, RegistryRow, Source, router};
 use crate::worker::Handle;
 
-/// The application API, open and not served yet: whoever asks waits.
-pub(super) struct Bound(TcpListener);
+/// The application API and the façade, open and not served yet: whoever asks waits.
+pub(super) struct Bound {
+    api: TcpListener,
+    facade: Option<facade::Bound>,
+}
 
 /// Takeover while weir runs.
 #[derive(Clone, Debug)]
 pub(super) struct TakingOver {
     desk: Arc<Mutex<Desk>>,
+    /// Set before the end: what applications have entered by the façade is taken away.
+    leaving: watch::Sender<bool>,
     /// How services are balanced.
     manner: Manner,
     services: Arc<Services>,
@@ -67,9 +73,11 @@ impl Bound {
             listener.set_nonblocking(true)?;
             TcpListener::from_std(listener)
         };
-        let listener = listen(takeover.api)
+        let api = listen(takeover.api)
             .map_err(|source| RunError::TakeoverApi { addr: takeover.api, source })?;
-        Ok(Some(Bound(listener)))
+        let facade = takeover.facade.as_ref();
+        let facade = facade.map(|facade| facade::Bound::open(facade, takeover)).transpose()?;
+        Ok(Some(Bound { api, facade }))
     }
 }
 
@@ -83,14 +91,19 @@ impl TakingOver {
     ) -> TakingOver {
         let desk = Arc::new(Mutex::new(Desk::new(config.clone(), own_ports)));
         let manner = config.manner.clone();
-        let taking_over = TakingOver { desk, manner, services: Arc::clone(services) };
+        let leaving = watch::Sender::new(false);
+        let taking_over = TakingOver { desk, leaving, manner, services: Arc::clone(services) };
         taking_over.carry();
         taking_over
     }
 
     /// Works beside the caller, from now on.
-    pub(super) fn serve(&self, api: Bound, running: &Arc<Running>, mark: Option<u32>) {
-        tokio::spawn(serve(api.0, router(Arc::clone(&self.desk)), Bounds::USUAL));
+    pub(super) fn serve(&self, bound: Bound, running: &Arc<Running>, mark: Option<u32>) {
+        let Bound { api, facade } = bound;
+        tokio::spawn(serve(api, router(Arc::clone(&self.desk)), Bounds::USUAL));
+        if let Some(facade) = facade {
+            tokio::spawn(facade.serve(self.clone(), Arc::downgrade(running), mark));
+        }
         tokio::spawn(self.clone().keep_carrying(Arc::downgrade(running)));
         tokio::spawn(self.clone().keep());
         tokio::spawn(self.clone().settle(mark));
@@ -100,22 +113,42 @@ impl TakingOver {
     /// Nobody shall be sent here any more: registries forget this host, and who had heard of it
     /// gets the time to hear that.
     pub(super) async fn withdraw(self) {
-        let (withdrawn, propagation) = {
+        let (withdrawn, is_entered, propagation) = {
             let mut desk = self.lock();
-            (desk.withdraw(), desk.propagation())
+            (desk.withdraw(), desk.is_anything_entered(), desk.propagation())
         };
-        if withdrawn.is_empty() {
+        self.leaving.send_replace(true);
+        if withdrawn.is_empty() && !is_entered {
             return;
         }
         let end = Instant::now() + WITHDRAW_WITHIN;
-        while withdrawn.iter().any(|service| self.lock().is_held(service)) {
+        let is_there = || {
+            let desk = self.lock();
+            desk.is_anything_entered() || withdrawn.iter().any(|service| desk.is_held(service))
+        };
+        while is_there() {
             if Instant::now() >= end {
                 tracing::warn!("a registry did not say that it has forgotten this host");
                 break;
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
+        if is_entered {
+            // The next weir must not take up sessions of which this one has taken something away.
+            let pages = self.lock().pages();
+            write(pages).await;
+        }
         tokio::time::sleep(propagation).await;
+    }
+
+    /// The façade's metrics, if there is one.
+    pub(super) fn facade_row(&self) -> Option<FacadeRow> {
+        self.lock().facade_row()
+    }
+
+    /// Becomes true before the end.
+    pub(super) fn leaving(&self) -> watch::Receiver<bool> {
+        self.leaving.subscribe()
     }
 
     /// How it goes with each registry.
@@ -142,12 +175,7 @@ impl TakingOver {
             if pages.is_empty() {
                 continue;
             }
-            // The disk may be slow, and the control thread has others to serve.
-            let write = move || {
-                let failure = |page: Page| page.write().err().map(|why| (page, why.to_string()));
-                pages.into_iter().filter_map(failure).collect::<Vec<_>>()
-            };
-            let failures = tokio::task::spawn_blocking(write).await.unwrap_or_default();
+            let failures = write(pages).await;
             let said = failures.first().map(|(_, why)| why.clone()).unwrap_or_default();
             match (said.as_str(), said == trouble) {
                 (_, true) => {}
@@ -229,8 +257,7 @@ impl TakingOver {
             }
             let application = self.lock().application();
             let Some(addr) = application else { continue };
-            let kind = self.manner.check.map_or(CheckKind::Tcp, |check| check.kind);
-            is_up = checks::answers(addr, kind, WATCH_EVERY, mark).await;
+            is_up = self.answers(addr, WATCH_EVERY, mark).await;
             let mut desk = self.lock();
             if desk.application() == Some(addr) {
                 desk.note_health(is_up);
@@ -238,9 +265,30 @@ impl TakingOver {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Desk> {
+    /// An application answers there, as checks want it.
+    pub(super) async fn answers(
+        &self,
+        app: SocketAddr,
+        within: Duration,
+        mark: Option<u32>,
+    ) -> bool {
+        let kind = self.manner.check.map_or(CheckKind::Tcp, |check| check.kind);
+        checks::answers(app, kind, within, mark).await
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Desk> {
         self.desk.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What could not be written, and why.
+async fn write(pages: Vec<Page>) -> Vec<(Page, String)> {
+    // The disk may be slow, and the control thread has others to serve.
+    let write = move || {
+        let failure = |page: Page| page.write().err().map(|why| (page, why.to_string()));
+        pages.into_iter().filter_map(failure).collect::<Vec<_>>()
+    };
+    tokio::task::spawn_blocking(write).await.unwrap_or_default()
 }
 
 /// How calls from outside appear among the services.

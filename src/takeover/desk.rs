@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 pub use self::disk::Page;
+pub use self::facade::{FacadeRow, Passed};
 use super::belief::Reason;
 use super::book::{Book, Source, Suspect};
 #[cfg(feature = "etcd")]
@@ -26,16 +27,20 @@ use crate::config::{RegistryKind, Takeover, is_service_name};
 use crate::service::Endpoint;
 
 mod disk;
+mod facade;
 
 /// The desk of one weir.
 pub struct Desk {
     /// By name: applications that have said who they are.
     applications: BTreeSet<String>,
+    /// Applications have subscribed to them, and the config does not want them anyway.
+    asked: BTreeSet<String>,
     book: Book,
     config: Takeover,
     /// What the table of services does not know yet.
     changes: Vec<Change>,
     counts: Counts,
+    faced: facade::Faced,
     health: Health,
     /// Nothing is published any more.
     is_leaving: bool,
@@ -140,9 +145,11 @@ impl Desk {
         let kept = config.registries.iter().map(|one| disk::kept_of(one, shelf.as_ref()));
         let mut desk = Desk {
             applications: BTreeSet::new(),
+            asked: BTreeSet::new(),
             book: Book::new(kept.collect()),
             changes: Vec::new(),
             counts: Counts::default(),
+            faced: facade::Faced::default(),
             health: Health::default(),
             is_leaving: false,
             own_ports,
@@ -193,8 +200,9 @@ impl Desk {
             return Err(Refusal::OwnPort(port));
         }
         let mut others = self.publications.iter().filter(|(name, _)| *name != service);
-        if let Some((_, other)) = others.find(|(_, other)| other.port != port) {
-            return Err(Refusal::AnotherPort { port: other.port });
+        let other = others.find(|(_, other)| other.port != port).map(|(_, other)| other.port);
+        if let Some(port) = other.or(self.faced_port().filter(|other| *other != port)) {
+            return Err(Refusal::AnotherPort { port });
         }
         let addr = SocketAddr::new(advertise, self.config.inbound.port());
         let mark = if parameters.is_empty() { "" } else { "?" };
@@ -205,10 +213,8 @@ impl Desk {
             return Ok(());
         }
         // What is registered already stays so: one more service is no other application.
-        if self.publications.values().all(|known| known.port != port) {
-            let app = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
-            self.health = Health::default();
-            self.change(Change::Application(app));
+        if self.application().is_none_or(|known| known.port() != port) {
+            self.lead_to(port);
         }
         self.to_keep = true;
         let publication = Publication { port, provider };
@@ -230,6 +236,8 @@ impl Desk {
     /// the next weir here publishes it again. Says what registries on the network have to forget.
     pub fn withdraw(&mut self) -> Vec<String> {
         self.is_leaving = true;
+        // What the façade carries is withdrawn by it, and not kept.
+        self.to_keep = true;
         for service in self.publications.keys() {
             self.registries.iter_mut().for_each(|registry| registry.unpublish(service));
         }
@@ -252,6 +260,9 @@ impl Desk {
     pub fn subscribe(&mut self, service: &str) -> Result<Vec<String>, Refusal> {
         self.check(service, self.book.len(), self.book.has(service))?;
         self.enter(service);
+        if !self.is_wanted(service) {
+            self.to_keep |= self.asked.insert(service.to_owned());
+        }
         self.hear();
         Ok(self.told(service))
     }
@@ -282,7 +293,18 @@ impl Desk {
 
     /// It does so no more. What the config wants stays.
     pub fn unsubscribe(&mut self, service: &str) {
-        let is_wanted = self.config.services.iter().any(|one| one.name == service);
+        self.to_keep |= self.asked.remove(service);
+        self.release(service);
+    }
+
+    fn is_wanted(&self, service: &str) -> bool {
+        self.config.services.iter().any(|one| one.name == service)
+    }
+
+    /// Forgets a service that nobody wants any more.
+    fn release(&mut self, service: &str) {
+        let is_wanted =
+            self.is_wanted(service) || self.asked.contains(service) || self.is_faced(service);
         if is_wanted || !self.book.remove(service) {
             return;
         }
@@ -312,7 +334,8 @@ impl Desk {
     /// Where the application listens, if it has published anything.
     #[must_use]
     pub fn application(&self) -> Option<SocketAddr> {
-        let port = self.publications.values().next()?.port;
+        let published = self.publications.values().next().map(|one| one.port);
+        let port = published.or(self.faced_port())?;
         Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
     }
 
@@ -332,6 +355,7 @@ impl Desk {
     /// Asks the registries for news, and takes out what the table of services must learn.
     pub fn changes(&mut self) -> Vec<Change> {
         self.hear();
+        self.sweep_sessions(Instant::now());
         std::mem::take(&mut self.changes)
     }
 

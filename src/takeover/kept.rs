@@ -15,6 +15,7 @@ use super::{Provider, Snapshot};
 pub(super) struct Journal {
     pub(super) applications: Vec<String>,
     pub(super) publications: Vec<Asked>,
+    pub(super) sessions: Vec<Session>,
     pub(super) subscriptions: Vec<String>,
 }
 
@@ -24,6 +25,24 @@ pub(super) struct Asked {
     pub(super) parameters: String,
     pub(super) port: u16,
     pub(super) service: String,
+}
+
+/// An application's session at its registry, which the façade carries.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(super) struct Session {
+    pub(super) id: i64,
+    pub(super) leaves: Vec<Leaf>,
+    pub(super) services: Vec<String>,
+    pub(super) timeout_ms: u64,
+}
+
+/// A provider that it has entered: as the application calls it, and as the registry does.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(super) struct Leaf {
+    pub(super) path: String,
+    pub(super) place: String,
+    pub(super) port: u16,
+    pub(super) real: String,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -77,9 +96,18 @@ mod tests {
     #[test]
     fn pages_are_read_as_they_were_written() {
         let asked = Asked { parameters: "v=1".to_owned(), port: 20_880, service: "a:1".to_owned() };
+        let leaf =
+            Leaf { path: "/o".to_owned(), place: "h:1".to_owned(), port: 1, real: "/r".to_owned() };
+        let session = Session {
+            id: i64::MIN,
+            leaves: vec![leaf],
+            services: vec!["c:1".to_owned()],
+            timeout_ms: 4000,
+        };
         let journal = Journal {
             applications: vec!["app".to_owned()],
             publications: vec![asked],
+            sessions: vec![session],
             subscriptions: vec!["b:1".to_owned()],
         };
         assert_eq!(Journal::read(journal.page()), journal);

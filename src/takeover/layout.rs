@@ -52,9 +52,9 @@ impl Layout {
     /// How `provider` stands there.
     pub(super) fn leaf(self, service: &str, provider: &Provider) -> String {
         let key = Key::of(service);
-        let (scheme, path, version) = match self {
-            Layout::Dubbo => ("dubbo", format!("/{}", key.interface), key.version.unwrap_or("")),
-            Layout::Sofa => ("bolt", String::new(), key.version.unwrap_or(SOFA_VERSION)),
+        let (path, version) = match self {
+            Layout::Dubbo => (format!("/{}", key.interface), key.version.unwrap_or("")),
+            Layout::Sofa => (String::new(), key.version.unwrap_or(SOFA_VERSION)),
         };
         let weight = provider.endpoint.weight.to_string();
         let usual: &[(&str, &str)] = match self {
@@ -78,7 +78,7 @@ impl Layout {
                 ("weight", &weight),
             ],
         };
-        let mut url = format!("{scheme}://{}{path}", provider.endpoint.addr);
+        let mut url = format!("{}://{}{path}", self.scheme(), provider.endpoint.addr);
         let said = |key: &str| value(&provider.parameters, key).is_some();
         let more = usual.iter().filter(|(key, value)| !value.is_empty() && !said(key));
         let mut mark = '?';
@@ -89,6 +89,30 @@ impl Layout {
             mark = '&';
         }
         encoded(&url)
+    }
+
+    /// The protocol that its calls speak where many services share a port.
+    pub(super) fn scheme(self) -> &'static str {
+        match self {
+            Layout::Dubbo => "dubbo",
+            Layout::Sofa => "bolt",
+        }
+    }
+
+    /// The service that `leaf` provides in the directory of `interface`, as calls name it.
+    pub(super) fn service_of(self, interface: &str, leaf: &str) -> Option<String> {
+        let text = decoded(leaf)?;
+        let parameters = text.split_once('?').map_or("", |(_, parameters)| parameters);
+        let said = |name: &str| value(parameters, name).unwrap_or("");
+        let service = match (self, said("version"), said("uniqueId")) {
+            (Layout::Dubbo, "" | "0.0.0", _) => interface.to_owned(),
+            (Layout::Dubbo, version, _) => format!("{interface}:{version}"),
+            (Layout::Sofa, "", "") => format!("{interface}:{SOFA_VERSION}"),
+            (Layout::Sofa, version, "") => format!("{interface}:{version}"),
+            (Layout::Sofa, "", unique) => format!("{interface}:{SOFA_VERSION}:{unique}"),
+            (Layout::Sofa, version, unique) => format!("{interface}:{version}:{unique}"),
+        };
+        self.provider(&service, leaf).map(|_| service)
     }
 
     /// The provider that `leaf` is, if it provides `service` and may be called.
@@ -136,7 +160,7 @@ fn value<'a>(parameters: &'a str, key: &str) -> Option<&'a str> {
 }
 
 /// As one part of a path: everything but letters, digits and `-._~*` is written as `%XX`.
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     let mut out = String::with_capacity(text.len() * 2);
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~*".contains(&byte) {
@@ -149,7 +173,7 @@ fn encoded(text: &str) -> String {
 }
 
 /// The reverse; Java writes a space as `+`.
-fn decoded(text: &str) -> Option<String> {
+pub(super) fn decoded(text: &str) -> Option<String> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {

@@ -10,6 +10,7 @@ mod coming;
 mod copy;
 mod crash;
 mod etcd;
+mod facade;
 mod gateway;
 mod half_close;
 mod harness;

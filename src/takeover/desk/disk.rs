@@ -98,6 +98,7 @@ impl Desk {
             // Refused now, refused when it is asked for again.
             let _ = self.subscribe(&service);
         }
+        self.replay_sessions(journal.sessions);
         self.to_keep = false;
     }
 
@@ -107,12 +108,11 @@ impl Desk {
             port: one.port,
             service: service.clone(),
         };
-        let is_wanted = |name: &str| self.config.services.iter().any(|one| one.name == name);
-        let subscriptions = self.book.services().filter(|name| !is_wanted(name));
         Journal {
             applications: self.applications.iter().cloned().collect(),
             publications: self.publications.iter().map(asked).collect(),
-            subscriptions: subscriptions.map(str::to_owned).collect(),
+            sessions: self.kept_sessions(),
+            subscriptions: self.asked.iter().cloned().collect(),
         }
     }
 }
