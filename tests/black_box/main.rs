@@ -5,6 +5,7 @@
 //! They need root, and leave nothing behind.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod applications;
 mod checks;
 mod coming;
 mod copy;

@@ -13,16 +13,29 @@ pub(crate) struct Program(Child);
 impl Program {
     /// Runs once a socket listens as `ss` says (`:80 `).
     pub(crate) fn start(net: &Net, place: Place, words: &[&str], listens: &str) -> Program {
-        let mut command: Command = net.command(place, words[0]);
-        let child = command.args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null());
-        let program = Program(child.spawn().expect(words[0]));
+        let mut command = net.command(place, words[0]);
+        command.args(&words[1..]);
+        Program::run(net, place, command, listens)
+    }
+
+    /// As `start`, by a command that runs it in `place`.
+    pub(crate) fn run(net: &Net, place: Place, mut command: Command, listens: &str) -> Program {
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let program = Program(child.unwrap());
         let listening = || net.run(place, &["ss", "-Hltn"]).contains(listens);
-        until(&format!("{} listens on {listens}", words[0]), listening);
+        until(&format!("{command:?} listens on {listens}"), listening);
         program
     }
 
     /// nginx on port 80, with its files in `home` and these lines in its `http` block.
     pub(crate) fn nginx(net: &Net, place: Place, home: &Path, lines: &str) -> Program {
+        let file = Program::nginx_conf(home, lines);
+        let words = ["nginx", "-p", home.to_str().unwrap(), "-c", &file];
+        Program::start(net, place, &words, ":80 ")
+    }
+
+    /// nginx's file, with these lines in its `http` block.
+    pub(crate) fn nginx_conf(home: &Path, lines: &str) -> String {
         let at = home.display();
         let text = format!(
             "daemon off; master_process off; pid {at}/pid; error_log stderr; events {{ }} \
@@ -31,8 +44,7 @@ impl Program {
         );
         let file = home.join("nginx.conf");
         fs::write(&file, text).unwrap();
-        let words = ["nginx", "-p", home.to_str().unwrap(), "-c", file.to_str().unwrap()];
-        Program::start(net, place, &words, ":80 ")
+        file.display().to_string()
     }
 
     /// haproxy with these sections, which listen as `listens` says.
@@ -42,10 +54,16 @@ impl Program {
         home: &Path,
         (sections, listens): (&str, &str),
     ) -> Program {
+        let file = Program::haproxy_cfg(home, sections);
+        Program::start(net, place, &["haproxy", "-db", "-f", &file], listens)
+    }
+
+    /// haproxy's file, with these sections.
+    pub(crate) fn haproxy_cfg(home: &Path, sections: &str) -> String {
         let file = home.join("haproxy.cfg");
         let defaults = "defaults\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n";
         fs::write(&file, format!("{defaults}{sections}")).unwrap();
-        Program::start(net, place, &["haproxy", "-db", "-f", file.to_str().unwrap()], listens)
+        file.display().to_string()
     }
 }
 
