@@ -11,6 +11,7 @@ use std::thread::scope;
 use crate::harness::rig::Paced;
 use crate::harness::{Net, Place, Random, Weir, check, expect_eof, rounds, send, until};
 use crate::relays::RELAYS;
+use crate::sockmap::exchange;
 
 /// One run of the matrix.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +20,8 @@ struct Run {
     bytes: [u64; 2],
     bytes_per_second: u64,
     client_ends_first: bool,
+    /// A few messages in turn come first: so that the kernel may have taken the flow over by then.
+    greets: bool,
     /// The other sends while the first still does, instead of after its EOF.
     both_at_once: bool,
     number: u64,
@@ -43,6 +46,7 @@ impl Run {
             bytes: [size(&mut random), size(&mut random)],
             bytes_per_second,
             client_ends_first: number.is_multiple_of(2),
+            greets: (number / 4).is_multiple_of(2),
             both_at_once: (number / 2).is_multiple_of(2),
             number,
         }
@@ -52,6 +56,9 @@ impl Run {
     fn live(self, client: &TcpStream, server: &TcpStream) {
         let (first, second) =
             if self.client_ends_first { (client, server) } else { (server, client) };
+        if self.greets {
+            exchange(client, server, 4);
+        }
         scope(|scope| {
             scope.spawn(|| self.send(0, first));
             let answer = || self.send(1, second);
@@ -138,6 +145,10 @@ fn matrix(relay: &str, profile: &str, runs: u64, seconds_max: u64) {
     let way = if relay == "auto" { "splice" } else { relay };
     let moved = weir.metric("weir_bytes_total", &[&format!("relay=\"{way}\"")]);
     assert!(moved > 0, "{relay}: nothing went by {way}");
+    if relay == "sockmap" {
+        let joined = weir.metric("weir_relay_changes_total", &["to=\"sockmap\""]) / 2;
+        assert!(joined > runs / 2, "{joined} of {runs} were given to the kernel");
+    }
     weir.end(&net);
 }
 

@@ -8,8 +8,8 @@ use std::sync::atomic::AtomicU64;
 use std::thread::scope;
 use std::time::{Duration, Instant};
 
-use crate::harness::rig::{Counted, LISTEN, Paced, Rig, until_stopped};
-use crate::harness::{Net, Place, Weir, check, echo, said, send, until, weir};
+use crate::harness::rig::{Counted, FORWARD, LISTEN, Paced, Rig, SERVER, until_stopped};
+use crate::harness::{Net, Place, Weir, check, echo, run, said, send, until, weir};
 
 const EAGER: &str = "relay: { splice_after_bytes: 100000, splice_fullness_percent: 5 }";
 const SPLICE: &str = "relay: { mode: splice }";
@@ -63,7 +63,9 @@ fn auto_splices_the_bulky_direction_while_it_is_bulky() {
 #[test]
 fn direction_back_from_splice_waits_for_its_reader_asleep() {
     const MB: u64 = 1 << 20;
-    let rig = Rig::with("relay: { splice_after_bytes: 40000000, splice_fullness_percent: 5 }");
+    // More than can be on its way when its reader stops: so it is not spliced once more meanwhile.
+    let rig = Rig::with("relay: { splice_after_bytes: 20000000, splice_fullness_percent: 5 }");
+    rig.net.limit_buffers();
     let (mut client, mut server) = rig.pair();
     let bulk = |seed| {
         scope(|scope| {
@@ -142,6 +144,65 @@ fn flows_without_descriptors_stay_with_copy() {
     assert!(fallbacks(&rig, "descriptors") >= 2);
     drop(pairs);
     rig.end();
+}
+
+/// RL7: there is no descriptor for more pipes: flows that need one go on by copy.
+#[test]
+fn flows_that_can_open_no_pipe_go_on_by_copy() {
+    let rig = Rig::with(SPLICE);
+    let sockets = rig.weir.descriptors("socket:");
+    let pairs: Vec<_> = (0..6).map(|_| rig.pair()).collect();
+    // Lent ones, and none of a question that is being answered.
+    until("descriptors are lent", || rig.weir.descriptors("socket:") == sockets + 12);
+    let pid = rig.weir.pid().to_string();
+    let allow = |most: usize| run(&["prlimit", "--pid", &pid, &format!("--nofile={most}:20000")]);
+    allow(rig.weir.next_descriptor());
+    let sent = [const { AtomicU64::new(0) }; 6];
+    scope(|scope| {
+        for ((seed, (client, _)), sent) in (0..).zip(&pairs).zip(&sent) {
+            scope.spawn(move || send(&mut Counted(client, sent), seed, 20 << 20).unwrap());
+        }
+        for sent in &sent {
+            until_stopped(sent);
+        }
+        allow(20_000);
+        assert!(fallbacks(&rig, "pipes") > 0);
+        for (seed, (_, server)) in (0..).zip(&pairs) {
+            scope.spawn(move || check(&mut &*server, seed, 20 << 20));
+        }
+    });
+    drop(pairs);
+    rig.end();
+}
+
+/// RL7: the user has more pipes than it may (`fs.pipe-user-pages-soft`), so new ones hold two pages and
+/// cannot be made larger: splice goes on with those.
+#[test]
+fn pipes_that_stay_small_are_no_error() {
+    let soft = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").unwrap();
+    let pages = soft.trim().parse::<usize>().unwrap();
+    let pipes: Vec<_> = (0..pages / 256 + 1)
+        .map(|_| {
+            let ends = nix::unistd::pipe().unwrap();
+            nix::fcntl::fcntl(&ends.0, nix::fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
+            ends
+        })
+        .collect();
+    let net = Net::new();
+    let listener = net.listen(Place::Server, SERVER);
+    // Whoever has no capability is held to it, root too.
+    let bare = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"];
+    let weir = Weir::under(&net, &bare, &[&FORWARD[..], &["--relay", "splice"]].concat());
+    let mut client = net.connect(Place::Client, LISTEN);
+    let (mut server, _) = listener.accept().unwrap();
+    scope(|scope| {
+        scope.spawn(|| send(&mut client, 1, 8 << 20).unwrap());
+        until("a pipe holds bytes", || weir.descriptors("pipe:") >= 2);
+        check(&mut server, 1, 8 << 20);
+    });
+    assert_eq!(weir.metric("weir_bytes_total", &["relay=\"splice\""]), 8 << 20);
+    drop((client, server, listener, pipes));
+    weir.end(&net);
 }
 
 /// RL8: the last byte of a stream is not held back.

@@ -53,7 +53,7 @@ fn stream(bytes: u16) -> Vec<u8> {
     (0..bytes / 2).flat_map(u16::to_be_bytes).collect()
 }
 
-/// SM1, SM2, SM4, SM6, SM8: what weir tries at start, ten times.
+/// SM1 to SM6: what weir tries at start, ten times.
 #[test]
 fn kernel_does_what_flows_rely_on() {
     let Some(mut sockmap) = sockmap() else { return };
@@ -71,7 +71,7 @@ fn kernel_does_it_with_a_hundred_megabytes() {
     sockmap.prove(100 << 20).unwrap();
 }
 
-/// SM9: bytes that came before, some of them half read, are delivered before those that follow.
+/// SM8: bytes that came before, some of them half read, are delivered before those that follow.
 #[test]
 fn bytes_that_wait_unread_when_two_sockets_are_joined_go_first() {
     let Some(mut sockmap) = sockmap() else { return };
@@ -89,7 +89,7 @@ fn bytes_that_wait_unread_when_two_sockets_are_joined_go_first() {
     sockmap.forget(pair);
 }
 
-/// SM10: a socket that has had a FIN is left as it was, with all its bytes, and its partner too.
+/// SM9: a socket that has had a FIN is left as it was, with all its bytes, and its partner too.
 #[test]
 fn socket_with_a_fin_is_refused_and_its_bytes_stay_readable() {
     let Some(mut sockmap) = sockmap() else { return };
@@ -103,6 +103,14 @@ fn socket_with_a_fin_is_refused_and_its_bytes_stay_readable() {
     assert_eq!(downstream.read(&mut [0; 1]).unwrap(), 0);
     server.write_all(b"answer").unwrap();
     assert_eq!(read(&mut upstream, 6), b"answer");
+}
+
+/// SM7: no parser, with which receives end with EAGAIN that should wait.
+#[test]
+fn verdict_comes_without_a_parser() {
+    let contains = |name: &[u8]| BYTES.windows(name.len()).any(|bytes| bytes == name);
+    assert!(contains(b"sk_skb/stream_verdict"));
+    assert!(!contains(b"stream_parser"));
 }
 
 /// SM11: a verdict that still runs for a pair that is gone finds its number in nobody's hands.

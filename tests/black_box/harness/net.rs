@@ -213,6 +213,20 @@ impl Net {
         self.run(place, &["sysctl", "-qw", sysctl]);
     }
 
+    /// What a flow may hold is the node's part, then: its sockets grow as far as the kernel lets them where
+    /// nobody has said otherwise, those of both ends a little. Hosts that are tuned for long fat paths let
+    /// each receiver take 32 MB.
+    pub(crate) fn limit_buffers(&self) {
+        for (place, receive, send) in [
+            (Place::Client, 1 << 20, 1 << 20),
+            (Place::Node, 6 << 20, 4 << 20),
+            (Place::Server, 1 << 20, 1 << 20),
+        ] {
+            self.set(place, &format!("net.ipv4.tcp_rmem=4096 131072 {receive}"));
+            self.set(place, &format!("net.ipv4.tcp_wmem=4096 16384 {send}"));
+        }
+    }
+
     /// Entries in the node's connection tracking table.
     pub(crate) fn conntrack(&self) -> String {
         self.run(Place::Node, &["conntrack", "-L"])

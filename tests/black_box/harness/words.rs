@@ -89,18 +89,18 @@ pub(crate) fn echo(listener: TcpListener) -> JoinHandle<()> {
     })
 }
 
-/// Word by word; the first and the last may be cut.
+/// Word by word; the first and the last may be cut. A plain loop, because nobody optimises tests.
 fn fill(chunk: &mut [u8], seed: u64, from: u64) {
-    let word = |position: u64| (seed << 40 ^ (position / 8)).to_le_bytes();
     let cut = usize::try_from(from % 8).unwrap();
-    let head = ((8 - cut) % 8).min(chunk.len());
-    let (first, rest) = chunk.split_at_mut(head);
-    first.copy_from_slice(&word(from)[cut % 8..][..head]);
-    let mut position = from + head as u64;
-    for part in rest.chunks_mut(8) {
-        part.copy_from_slice(&word(position)[..part.len()]);
-        position += 8;
+    let mut words = [[0; 8]; CHUNK_BYTES_MAX / 8 + 1];
+    let count = (cut + chunk.len()).div_ceil(8);
+    let (mut index, mut position) = (0, from / 8);
+    while index < count {
+        words[index] = (seed << 40 ^ position).to_le_bytes();
+        index += 1;
+        position += 1;
     }
+    chunk.copy_from_slice(&words.as_flattened()[cut..][..chunk.len()]);
 }
 
 const CHUNK_BYTES_MAX: usize = 100_000;
