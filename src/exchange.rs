@@ -25,7 +25,7 @@ use speech::{Mark, Reading};
 
 use crate::metrics::Outcome;
 use crate::op::{CloseReason, Completion, Errno, FlowId, Op, Segment, Side};
-use crate::service::{EndpointId, Picker};
+use crate::service::{EndpointId, Picker, ServiceId};
 use crate::wire::Stop;
 use crate::wire::detect::Protocol;
 
@@ -45,6 +45,7 @@ mod pieces;
 mod refusal;
 mod requests;
 mod rules;
+mod runs;
 #[cfg(test)]
 #[expect(
     clippy::cast_possible_truncation,
@@ -65,6 +66,8 @@ pub struct Exchange {
     /// Requests without an answer, in the order in which they came.
     asked: VecDeque<Asked>,
     callbacks: Callbacks,
+    /// The service of the last request that was there whole: mostly the next one's too.
+    called: Option<ServiceId>,
     client: Socket,
     drains: bool,
     /// Requests in `asked` that have failed.
@@ -182,6 +185,7 @@ impl Exchange {
             alarm: means.rules.idle.map(|idle| means.now.wrapping_add(idle)),
             asked,
             callbacks,
+            called: None,
             client: Socket::new(Side::Downstream),
             drains: false,
             failures: 0,

@@ -101,6 +101,10 @@ impl Exchange {
             leg.is_cut = true;
             return Ok(false);
         }
+        if self.pass_whole_answers(index, means)? {
+            return Ok(true);
+        }
+        let Some(leg) = self.legs.get_mut(index) else { return Ok(false) };
         let reply = means.read(leg.socket.inbox, |bytes, _| speech::reply(protocol, bytes, to));
         match reply {
             Ok(reply) => self.admit(index, reply, means),
@@ -127,9 +131,7 @@ impl Exchange {
         let answered = match reply.kind {
             ReplyKind::Answer(_) if is_ordered => Some(0),
             ReplyKind::Open => Some(0),
-            ReplyKind::Answer(id) => self.asked.iter().position(|asked| {
-                asked.leg == index && asked.mark.id == id && asked.failure.is_none()
-            }),
+            ReplyKind::Answer(id) => self.answered_by(index, id),
             _ => None,
         };
         let says = match reply.kind {
@@ -178,8 +180,15 @@ impl Exchange {
         Ok(true)
     }
 
+    /// The request of this leg and id.
+    pub(super) fn answered_by(&self, index: usize, id: u64) -> Option<usize> {
+        self.asked
+            .iter()
+            .position(|asked| asked.leg == index && asked.mark.id == id && asked.failure.is_none())
+    }
+
     /// What follows from a frame that has begun.
-    fn note<H: Host>(
+    pub(super) fn note<H: Host>(
         &mut self,
         index: usize,
         kind: ReplyKind,

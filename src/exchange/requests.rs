@@ -46,9 +46,13 @@ impl Exchange {
         if self.guard.is_some() {
             return self.begin_frame(means);
         }
-        let protocol = self.protocol;
-        let ask = means
-            .read(self.client.inbox, |bytes, picker| speech::ask(protocol, bytes, picker.table()));
+        if self.pass_whole_requests(means)? {
+            return Ok(true);
+        }
+        let (protocol, called) = (self.protocol, self.called);
+        let ask = means.read(self.client.inbox, |bytes, picker| {
+            speech::ask(protocol, bytes, called, picker.table())
+        });
         let ask = match ask {
             Ok(ask) => ask,
             Err(Stop::NeedMore(needed)) => {
@@ -57,6 +61,8 @@ impl Exchange {
             }
             Err(Stop::Bad(_) | Stop::NotMine) => return self.misunderstand(means),
         };
+        // It is there: what keeps it from going on is ours.
+        (self.hanging, self.needed) = (None, 0);
         if ask.kind == AskKind::Heartbeat {
             // Our answer must not get into somebody's frame.
             let has_said =
@@ -65,7 +71,6 @@ impl Exchange {
                 return Ok(false);
             }
         }
-        (self.hanging, self.needed) = (None, 0);
         self.to = self.target(ask, means);
         self.reading = Reading::of(ask.extent);
         self.uploads = matches!(ask.kind, AskKind::Request(_)) && self.to.is_some();
@@ -120,7 +125,7 @@ impl Exchange {
     }
 
     /// Remembers a request until it is answered.
-    fn enter<H: Host>(
+    pub(super) fn enter<H: Host>(
         &mut self,
         ask: Ask,
         chosen: Result<(usize, EndpointId), Failure>,
@@ -228,7 +233,7 @@ impl Exchange {
 }
 
 /// Of one downstream at a time; more wait in its socket.
-const ASKED_MAX: usize = 1024;
+pub(super) const ASKED_MAX: usize = 1024;
 /// Upstream connections of one downstream to one service: enough to spread its requests, few enough
 /// that a thousand downstreams do not each dial every endpoint.
 const LEGS_PER_SERVICE_MAX: usize = 8;

@@ -33,7 +33,6 @@ mod world;
 const SEEDS: u64 = 10_000;
 const BUFFERS: u16 = 96;
 const TEXTS: u16 = 40;
-const BUFFER_BYTES: usize = 64;
 const HEAD: FlowId = FlowId::new(0);
 /// The first tick: they run over soon.
 const START: u32 = u32::MAX - 500;

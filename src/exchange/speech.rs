@@ -89,10 +89,15 @@ pub(super) enum ReplyKind {
     Push(Mark),
 }
 
-/// The frame at the front of what the downstream has said.
-pub(super) fn ask(protocol: Protocol, bytes: &[u8], table: &Table) -> Result<Ask, Stop> {
+/// The frame at the front of what the downstream has said; it may be for the service it `called` last.
+pub(super) fn ask(
+    protocol: Protocol,
+    bytes: &[u8],
+    called: Option<ServiceId>,
+    table: &Table,
+) -> Result<Ask, Stop> {
     match protocol {
-        Protocol::Bolt => ask_bolt(&bolt::parse(bytes)?, table),
+        Protocol::Bolt => ask_bolt(&bolt::parse(bytes)?, called, table),
         Protocol::Dubbo => ask_dubbo(&dubbo::parse(bytes)?, table),
         Protocol::Http1 if bytes.first() == Some(&b'\r') => empty_line(bytes),
         Protocol::Http1 => ask_http1(&http1::parse(bytes)?, table),
@@ -100,8 +105,15 @@ pub(super) fn ask(protocol: Protocol, bytes: &[u8], table: &Table) -> Result<Ask
     }
 }
 
-fn ask_bolt(frame: &bolt::Frame<'_>, table: &Table) -> Result<Ask, Stop> {
-    let service = frame.service.and_then(|name| naming::by_name(name, table));
+fn ask_bolt(
+    frame: &bolt::Frame<'_>,
+    called: Option<ServiceId>,
+    table: &Table,
+) -> Result<Ask, Stop> {
+    let service = frame.service.and_then(|name| {
+        let again = called.filter(|id| naming::is_named(*id, name, table));
+        again.or_else(|| naming::by_name(name, table))
+    });
     let kind = match frame.kind {
         bolt::Kind::Goaway | bolt::Kind::HeartbeatAnswer => AskKind::Nothing,
         bolt::Kind::Heartbeat => AskKind::Heartbeat,

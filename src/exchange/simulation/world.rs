@@ -7,6 +7,8 @@ use super::*;
 
 /// Everything outside the exchange but the ring's requests.
 pub(super) struct World {
+    /// Of what comes at a time.
+    buffer_bytes: usize,
     buffers: Vec<Vec<u8>>,
     pub(super) counts: [u64; Outcome::ALL.len()],
     pub(super) ejected: u64,
@@ -49,8 +51,11 @@ impl World {
     pub(super) fn new(starves: bool, random: &mut Random) -> World {
         let free = if starves { 14 + random.below(11) as u16 } else { BUFFERS };
         let texts = 1 + random.below(u64::from(TEXTS)) as u16;
+        // Frames that are mostly cut, or many whole ones at a time.
+        let buffer_bytes = [64, 600][random.below(2) as usize];
         World {
-            buffers: vec![vec![0; 128]; usize::from(BUFFERS + TEXTS)],
+            buffer_bytes,
+            buffers: vec![vec![0; buffer_bytes + 64]; usize::from(BUFFERS + TEXTS)],
             counts: [0; Outcome::ALL.len()],
             ejected: 0,
             home: (0..free).map(BufferId).collect(),
@@ -285,7 +290,7 @@ impl Life {
             return if ends { result(Ok(None), false) } else { None };
         }
         let Some(buffer) = self.world.home.pop() else { return result(Err(Errno(ENOBUFS)), false) };
-        let most = left.len().min(BUFFER_BYTES).min(credit_bytes as usize);
+        let most = left.len().min(self.world.buffer_bytes).min(credit_bytes as usize);
         let len =
             if self.random.one_in(4) { 1 + self.random.below(most as u64) as usize } else { most };
         let bytes = left[..len].to_vec();
