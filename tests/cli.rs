@@ -500,11 +500,12 @@ fn keys_of_the_docs_exist() {
 fn metrics_of_the_docs_are_those_of_the_program() {
     let place = TempDir::new().unwrap();
     let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let [api, inbound, outbound, http] = [free(), free(), free(), free()];
+    let [api, inbound, outbound, http, facade, nobody] = [(); 6].map(|()| free());
     let config = format!(
         "workers: 1\nadmin: {{ socket: admin.sock, http: \"{http}\" }}\n\
          takeover: {{ api: \"{api}\", inbound: \"{inbound}\", outbound: \"{outbound}\", \
-         registries: [{{ kind: static, services: [] }}] }}\n"
+         facade: {{ listen: \"{facade}\" }}, \
+         registries: [{{ kind: zookeeper, servers: [\"{nobody}\"], layout: sofa }}] }}\n"
     );
     fs::write(place.path().join("weir.yaml"), config).unwrap();
     let child = weir().current_dir(place.path()).args(["run", "-c", "weir.yaml"]).spawn().unwrap();
