@@ -4,6 +4,7 @@
 
 demo:
 	scripts/setup demo
+	@echo "building weir: some minutes the first time"
 	cargo build --locked --profile quick
 	target/quick/weir demo
 

@@ -23,7 +23,7 @@ mod tune;
 
 /// The forwarding dataplane of a service mesh node.
 #[derive(Debug, Parser)]
-#[command(name = "weir", version, arg_required_else_help = true)]
+#[command(name = "weir", version, arg_required_else_help = true, after_long_help = MORE)]
 pub struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -346,6 +346,19 @@ fn relay_mode(word: &str) -> Result<RelayMode, String> {
 fn command() -> clap::Command {
     Arguments::command()
 }
+
+/// What all verbs have in common; the last part of the first manual page.
+const MORE: &str = "\
+Exit codes: 0 well; 1 failed while running; 2 usage, or mistakes in a file; 3 warnings (`check --strict`); \
+4 it cannot work here, and nothing was changed; 130 interrupted.
+
+Signals of `run` and `forward`: SIGTERM and SIGINT let flows end, and exit with 0 (twice: at once); SIGHUP \
+reads the config again.
+
+Environment: WEIR_LOG says what is logged (`warn`, `weir=debug`; `info` if not said); NO_COLOR switches \
+colours off. Logs go to the journal if stderr does.
+
+Files: /run/weir/admin.sock is the admin socket if not said otherwise; weir leaves nothing else.";
 
 /// Where commands look for a running weir.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/weir/admin.sock";

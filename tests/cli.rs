@@ -136,6 +136,9 @@ fn manual_pages_and_completions_know_every_verb() {
             assert!(text.contains(verb), "{shell}: {verb}");
             let page = fs::read_to_string(place.path().join(format!("weir-{verb}.1"))).unwrap();
             assert!(page.contains(".TH") && page.contains("SYNOPSIS"), "{verb}");
+            let first = fs::read_to_string(place.path().join("weir.1")).unwrap();
+            let told = ["Exit codes", "Signals", "Environment", "Files"];
+            assert!(told.iter().all(|what| first.contains(what)), "{first}");
         }
     }
 }
