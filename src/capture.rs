@@ -206,7 +206,7 @@ impl Plan {
             route::preflight()?;
         }
         let draft = nft::draft(&self, accepts_marks())?;
-        nft::check(&nft::making(&draft))?;
+        nft::check(&nft::making(&draft)?)?;
         let hooks = self.hooks().map(ConnectHook::load).collect::<Result<_, _>>()?;
         Ok(Prepared { draft, hooks, plan: self })
     }

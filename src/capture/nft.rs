@@ -129,12 +129,13 @@ pub(super) fn check(text: &str) -> Result<(), CaptureError> {
 
 /// The transaction that makes the table. One that a hand has made from our own steps goes with it; one
 /// that a running weir holds is not ours to remove, and is in the way.
-pub(super) fn making(draft: &Draft) -> String {
+pub(super) fn making(draft: &Draft) -> Result<String, CaptureError> {
     let before = match rules::table() {
+        State::Held => return Err(CaptureError::Held),
+        State::Missing => "",
         State::Stands => "delete table inet weir\n",
-        State::Held | State::Missing => "",
     };
-    format!("{before}{}", draft.table())
+    Ok(format!("{before}{}", draft.table()))
 }
 
 /// As `check`, where our table is there already: only its owner may name it.

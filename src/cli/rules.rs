@@ -51,7 +51,7 @@ fn clear(file: Option<&Path>, dry_run: bool, output: Output) -> Result<(), Failu
     let Cleared { found, refused } = rules::clear(config.as_ref(), dry_run);
     print(&match output {
         Output::Json => json(&found)?,
-        Output::Table if found.is_empty() => "nothing of weir is left here\n".to_owned(),
+        Output::Table if found.is_empty() && refused.is_empty() => NOTHING_IS_LEFT.to_owned(),
         Output::Table if dry_run => lines(found.iter().map(|left| left.undo.as_str())),
         Output::Table => found.iter().fold(String::new(), |mut text, Left { what, .. }| {
             // Writing to a string cannot fail.
@@ -118,4 +118,5 @@ const HEAD: &str = "\
 # `flags owner` as well, so that the table goes when weir goes, however it goes. Made by hand it leads
 # traffic to weir's ports whether or not a weir runs; the next `weir run` takes its place.
 ";
+const NOTHING_IS_LEFT: &str = "nothing of weir is left here\n";
 const NOTHING_STANDS: &str = "nothing of this config can stand without a running weir: `weir run` makes it all, and takes it along\n";

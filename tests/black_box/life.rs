@@ -64,7 +64,10 @@ fn second_weir_refuses_and_changes_nothing() {
     let place = tempfile::TempDir::new().unwrap();
     for (config, word) in [
         (first.socket().with_file_name("weir.yaml"), "admin"),
-        (crate::harness::config_file(&place, "inbound: { listen: \"[::]:16006\" }"), "inet weir"),
+        (
+            crate::harness::config_file(&place, "inbound: { listen: \"[::]:16006\" }"),
+            "a running weir holds the rules",
+        ),
     ] {
         let words = [weir(), "run", "-c", config.to_str().unwrap()];
         let output = net.output(Place::Node, &words);

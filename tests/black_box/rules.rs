@@ -58,6 +58,11 @@ fn clear_needs_no_weir_and_may_be_asked_twice() {
     let weir = Weir::run(&net, "inbound: {}");
     let refused = rules(&net, &["clear"]);
     assert_eq!(refused.status.code(), Some(4));
+    assert_eq!(
+        String::from_utf8_lossy(&refused.stdout),
+        "",
+        "it does not say that nothing is left"
+    );
     assert!(said(&refused).contains("a running weir holds the rules"), "{}", said(&refused));
     weir.kill();
     let planned = out(&rules(&net, &["clear", "--dry-run"]));

@@ -58,7 +58,7 @@ impl Table {
         let (chains, stop, texts) = (draft.chains(), draft.stop(), Vec::new());
         let mut table = Table { chains, child, input, revision: 0, stop, texts };
         let there = ["-t", "list", "table", "inet", "weir"];
-        table.take("install the nft table", &making(draft), &there)?;
+        table.take("install the nft table", &making(draft)?, &there)?;
         Ok(table)
     }
 
