@@ -37,7 +37,8 @@ pub(super) struct FilterMaps {
     exclude: Networks,
     include: Networks,
     ports: Array<MapData, u64>,
-    sets: [Filters; 2],
+    /// What each set holds; `None` if it was never in force.
+    sets: [Option<Filters>; 2],
 }
 
 type Networks = LpmTrie<MapData, NetworkKey, u32>;
@@ -52,24 +53,25 @@ impl FilterMaps {
         };
         let (exclude, include) = (networks("exclude_nets")?, networks("include_nets")?);
         let ports = Array::try_from(taken(bpf, "ports")?).map_err(map_error("ports"))?;
-        Ok(FilterMaps { control, exclude, include, ports, sets: [const { EMPTY }; 2] })
+        Ok(FilterMaps { control, exclude, include, ports, sets: [None, None] })
     }
 
     /// From now on connects meet `filters`. If that fails they meet the old ones.
     pub(super) fn update(&mut self, filters: &Filters) -> Result<(), HookError> {
         let set = 1 - self.control.set().min(1);
         let index = usize::from(set == 1);
-        // A program that began before the last update may still read what is about to go.
-        if !process::wait_for_programs() {
-            std::thread::sleep(PROGRAM_WITHIN);
-        }
-        let old = std::mem::replace(&mut self.sets[index], filters.clone());
-        for (networks, list) in
-            [(&mut self.exclude, &old.exclude), (&mut self.include, &old.include)]
-        {
-            for network in list {
-                // A network that did not fit in is not there.
-                let _ = networks.remove(&key(set, *network));
+        if let Some(old) = self.sets[index].replace(filters.clone()) {
+            // A program that began before the last update may still read what is about to go.
+            if !process::wait_for_programs() {
+                std::thread::sleep(PROGRAM_WITHIN);
+            }
+            for (networks, list) in
+                [(&mut self.exclude, &old.exclude), (&mut self.include, &old.include)]
+            {
+                for network in list {
+                    // A network that did not fit in is not there.
+                    let _ = networks.remove(&key(set, *network));
+                }
             }
         }
         fill("include_nets", &mut self.include, set, &filters.include)?;
@@ -122,12 +124,6 @@ fn key(set: u32, network: IpNet) -> Key<NetworkKey> {
     Key::new(BITS_BEFORE + u32::from(network.prefix_len()), whole)
 }
 
-const EMPTY: Filters = Filters {
-    exclude: Vec::new(),
-    exclude_ports: Vec::new(),
-    include: Vec::new(),
-    include_ports: Vec::new(),
-};
 /// Set and family stand before the address.
 const BITS_BEFORE: u32 = 64;
 /// 65,536 ports, 64 to a word.
