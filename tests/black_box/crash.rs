@@ -69,8 +69,8 @@ fn closed_start_that_dies_after_any_object_serves_or_refuses() {
 /// LC4, CH1: killed at any moment under load, in a start or after it: traffic flows directly within
 /// 100 ms in the middle, and nothing is left that `rules clear` does not find, no socket either. What was
 /// open hears of it as soon as the kernel has taken the rings apart, which takes longer than to let new
-/// connections pass. What it says tells the time that the process takes to die from what comes after it, and
-/// from a lost SYN, which would come again after a second.
+/// connections pass. What it says tells the time that the process takes to die from the pauses of those who
+/// dial, and from a lost SYN, which would come again after a second.
 #[test]
 fn random_kills_under_load_leave_nothing() {
     let (net, cgroup, config) = node(2);
@@ -92,9 +92,7 @@ fn random_kills_under_load_leave_nothing() {
         load(cgroup.command(&net, Place::Node, &["python3", "-c", DIALS, "10.98.2.2"])),
     ];
     let mut random = Random::new(u64::from(std::process::id()));
-    let (mut waits, mut heard, mut deaths, mut after) =
-        <(Vec<u64>, Vec<u64>, Vec<u64>, Vec<u64>)>::default();
-    let mut sent_again = 0;
+    let mut times_of = Kills::default();
     for round in 0..rounds(20, 200) {
         let mut command = net.command(Place::Node, weir());
         let mut child =
@@ -104,46 +102,16 @@ fn random_kills_under_load_leave_nothing() {
         child.kill().unwrap();
         let killed = ::weir::sys::process::monotonic_ns();
         child.wait().unwrap();
-        let gone = ::weir::sys::process::monotonic_ns();
-        deaths.push((gone - killed) / 1_000_000);
+        times_of.deaths.push(::weir::sys::process::monotonic_ns() - killed);
         for (_, times) in &loads {
-            let dials = std::iter::from_fn(|| times.recv_timeout(PATIENCE).ok());
-            // A dial that was open hears of it; one that began later is served.
-            let mut from = killed;
-            let served = dials.filter(|dial| dial.ended > killed).find(|dial| {
-                if dial.began <= killed {
-                    heard.push((dial.ended - killed) / 1_000_000);
-                    from = dial.ended;
-                }
-                sent_again += dial.sent_again;
-                dial.served && dial.began > killed
-            });
-            let served = served.expect("traffic flows").ended;
-            waits.push((served - from) / 1_000_000);
-            after.push(served.saturating_sub(from.max(gone)) / 1_000_000);
+            times_of.note(killed, std::iter::from_fn(|| times.recv_timeout(PATIENCE).ok()));
         }
         net.run(Place::Node, &[weir(), "rules", "clear"]);
         let left = |line: &str| line.contains("lookup 133") || line == "table inet weir";
         assert!(!net.left_in(Place::Node).lines().any(left), "round {round}");
         until("the programs are gone", || !cgroup.programs().contains("weir"));
     }
-    for all in [&mut waits, &mut heard, &mut deaths, &mut after] {
-        all.sort_unstable();
-    }
-    let middle = |all: &[u64]| all.get(all.len() / 2).copied().unwrap_or_default();
-    let say = |what: &str, all: &[u64]| {
-        eprintln!(
-            "ms until {what}: median {}, most {}",
-            middle(all),
-            all.last().copied().unwrap_or_default()
-        );
-    };
-    say("the process is gone", &deaths);
-    say("a new connection is direct", &waits);
-    say("a new connection is direct, from when the process is gone", &after);
-    say("a connection that was open hears of it", &heard);
-    eprintln!("segments that had to be sent again: {sent_again}");
-    assert!(middle(&waits) < 100, "{waits:?}");
+    times_of.say();
     drop(loads);
     for place in [Place::Client, Place::Node, Place::Server] {
         until_nothing(|| net.sockets_in(place));
@@ -151,6 +119,61 @@ fn random_kills_under_load_leave_nothing() {
     let mut next = Weir::run(&net, &config);
     next.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(next.wait().code(), Some(0), "the next start is clean: {}", next.log());
+}
+
+/// What kills cost, in nanoseconds.
+#[derive(Default)]
+struct Kills {
+    /// Until the process is gone.
+    deaths: Vec<u64>,
+    /// Until a connection that was open hears of it.
+    heard: Vec<u64>,
+    /// The longest time in which nobody dialled, although nothing was in the way.
+    pauses: Vec<u64>,
+    /// By all dials, until the first one that was served.
+    sent_again: u64,
+    /// Until a new connection is direct.
+    waits: Vec<u64>,
+}
+
+impl Kills {
+    /// What those who dialled met, up to the first new connection that is served.
+    fn note(&mut self, killed: u64, dials: impl Iterator<Item = Dial>) {
+        let (mut from, mut free, mut pause) = (killed, killed, 0);
+        for dial in dials.filter(|dial| dial.ended > killed) {
+            self.sent_again += dial.sent_again;
+            pause = pause.max(dial.began.saturating_sub(free));
+            free = dial.ended;
+            if dial.began <= killed {
+                // It hears of it; one that began later is served.
+                self.heard.push(dial.ended - killed);
+                from = dial.ended;
+            } else if dial.served {
+                self.pauses.push(pause);
+                self.waits.push(dial.ended - from);
+                return;
+            }
+        }
+        panic!("traffic does not flow");
+    }
+
+    /// Tells dying, what comes after it, and the pauses of those who dial from each other.
+    fn say(mut self) {
+        let mut middle = 0;
+        for (what, all) in [
+            ("a connection that was open hears of it", &mut self.heard),
+            ("the process is gone", &mut self.deaths),
+            ("somebody dials who was kept by nothing but the host", &mut self.pauses),
+            ("a new connection is direct", &mut self.waits),
+        ] {
+            all.sort_unstable();
+            let at = |index: usize| all.get(index).copied().unwrap_or_default() / 1_000_000;
+            middle = at(all.len() / 2);
+            eprintln!("ms until {what}: median {middle}, most {}", at(all.len().saturating_sub(1)));
+        }
+        eprintln!("segments that had to be sent again: {}", self.sent_again);
+        assert!(middle < 100, "{:?}", self.waits);
+    }
 }
 
 /// Dials without a pause; says of each dial when it began, when it ended, whether it was served, and how
