@@ -123,6 +123,10 @@ mod tests {
             (b"GET / HTTP/1.1\r\n".to_vec(), Ok(Guest::Requests(Protocol::Http1))),
             (grpc("/com.a.Grpc/Do"), Ok(Guest::Requests(Protocol::Http2))),
             (grpc("/com.a.Http/Do"), Ok(Guest::Connection(None))),
+            (b"\r\n\r\nGET / HTTP/1.1\r\n".to_vec(), Ok(Guest::Requests(Protocol::Http1))),
+            (b"\r\nGET / H".to_vec(), Err(Stop::NeedMore(16))),
+            (b"\r".to_vec(), Err(Stop::NeedMore(16))),
+            (b"\rGET / HTTP/1.1\r\n".to_vec(), Err(Stop::NotMine)),
             (b"SSH-2.0-OpenSSH\r\n".to_vec(), Err(Stop::NotMine)),
         ] {
             assert_eq!(guest(&bytes, &table), expected, "{bytes:02x?}");

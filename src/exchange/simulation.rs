@@ -46,6 +46,8 @@ struct Client {
     broken: bool,
     fins: bool,
     got: Vec<u8>,
+    /// The rest of its last request never comes.
+    hangs: bool,
     /// It has sent FIN.
     has_ended: bool,
     /// FIN has come.
@@ -57,6 +59,7 @@ struct Client {
 }
 
 /// How often what goes wrong: one in so many times, never for 0.
+#[derive(Default)]
 struct Luck {
     /// An answer of HTTP is its connection's last.
     closes: u64,
@@ -312,7 +315,8 @@ impl Life {
             CloseReason::DownstreamReset => assert!(client.broken, "the client has done nothing"),
             CloseReason::IdleTimeout => {
                 let is_idle = self.rules.idle.is_some_and(|idle| self.silence >= idle);
-                assert!(is_idle || luck.pauses > 0, "who waits for the client?");
+                let is_waited_for = is_idle || luck.pauses > 0 || client.hangs;
+                assert!(is_waited_for, "who waits for the client?");
             }
             CloseReason::UpstreamReset => assert!(!luck.is_fair(), "no server has done anything"),
             reason => panic!("it ended by {reason:?}"),
@@ -355,6 +359,10 @@ fn id_in(text: &str) -> u64 {
 /// One life and how it ended; panics where a promise is broken.
 fn live(seed: u64) -> (CloseReason, [u64; Outcome::ALL.len()]) {
     let mut life = Life::new(seed);
+    (live_on(&mut life), life.world.counts)
+}
+
+fn live_on(life: &mut Life) -> CloseReason {
     let home = life.world.at_home();
     life.act(|_, _| {});
     let (mut alarms, mut steps) = (0, 0);
@@ -365,7 +373,7 @@ fn live(seed: u64) -> (CloseReason, [u64; Outcome::ALL.len()]) {
             assert_eq!(life.world.at_home(), home, "buffers, slots and texts come home");
             assert!(life.in_flight.is_empty(), "{:?}", life.in_flight);
             life.judge(reason);
-            return (reason, life.world.counts);
+            return reason;
         }
         steps += 1;
         assert!(steps < 50_000, "the exchange goes round in circles");
@@ -422,5 +430,28 @@ fn any_order_of_events_keeps_every_promise() {
             continue; // Nobody says such a thing here.
         }
         assert!(counts[outcome as usize] > SEEDS / 200, "{outcome:?}: {counts:?}");
+    }
+}
+
+/// Who begins a request and falls silent holds a connection, and is not waited for for ever, also where an idle
+/// one is; what was asked before is answered.
+#[test]
+fn half_a_request_is_waited_for_as_long_as_the_rules_say() {
+    for seed in 0..600 {
+        let mut life = Life::new(seed);
+        let Luck { starves, .. } = life.luck;
+        life.luck = Luck { starves, ..Luck::default() };
+        life.rules.idle = None;
+        (life.client, life.words) = (Client { hangs: true, ..Client::default() }, HashMap::new());
+        life.ask(1, false);
+        let half = frames::request(life.protocol, Word { id: 2, ..Word::default() }, false);
+        life.client.says.extend(&half[..1 + life.random.below(12) as usize]);
+        let reason = live_on(&mut life);
+        assert_eq!(reason, CloseReason::IdleTimeout, "seed {seed}");
+        let Client { asked, beats, .. } = &life.client;
+        assert!(asked.is_empty() && *beats == 0, "seed {seed}: {asked:?}");
+        let lasted = life.now.wrapping_sub(START);
+        let head = life.rules.head;
+        assert!(lasted >= head && lasted < head + 300, "seed {seed}: {lasted} ticks");
     }
 }

@@ -46,10 +46,21 @@ fn look(protocol: Protocol, bytes: &[u8]) -> Result<(), Stop> {
     match protocol {
         Protocol::Bolt => bolt::parse(bytes).map(drop),
         Protocol::Dubbo => dubbo::parse(bytes).map(drop),
-        Protocol::Http1 => http1::parse(bytes).map(drop),
+        Protocol::Http1 => match without_empty_lines(bytes) {
+            b"\r" => Err(Stop::NeedMore(bytes.len() + 1)),
+            request => http1::parse(request).map(drop),
+        },
         Protocol::Http2 => http2::parse(bytes).map(drop),
         Protocol::Tls => tls::parse(bytes).map(drop),
     }
+}
+
+/// They mean nothing before a request (RFC 9112, 2.2): some clients send one behind a body, some first of all.
+fn without_empty_lines(mut bytes: &[u8]) -> &[u8] {
+    while let Some(rest) = bytes.strip_prefix(b"\r\n") {
+        bytes = rest;
+    }
+    bytes
 }
 
 /// Each protocol, and how many bytes it takes to tell it from the others. HTTP/2 before HTTP/1,

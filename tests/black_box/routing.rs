@@ -309,7 +309,7 @@ fn http1_answers_arrive_before_the_connection_closes() {
     }
     // Whoever says that it asks no more is told so, and is left.
     let mut client = net.connect(Place::Node, OUTBOUND);
-    client.write_all(b"GET / HTTP/1.1\r\nHost: nobody\r\nConnection: close\r\n\r\n").unwrap();
+    client.write_all(b"\r\nGET / HTTP/1.1\r\nHost: nobody\r\nConnection: close\r\n\r\n").unwrap();
     let mut all = String::new();
     client.read_to_string(&mut all).unwrap();
     assert!(all.starts_with("HTTP/1.1 404") && all.contains("Connection: close"), "{all}");
