@@ -27,8 +27,8 @@ mod workloads;
 #[cfg(feature = "control")]
 pub(crate) use claims::overlap;
 pub use registry::{
-    Credentials, Layout, Named, Registry, RegistryKind, Scope, Sofa, Tree, is_service_name,
-    registry_file,
+    Credentials, Identity, Layout, Named, Registry, RegistryKind, Scope, Sofa, Tls, Tree,
+    is_service_name, registry_file,
 };
 pub use takeover::{Facade, Protection, Takeover, Wanted};
 

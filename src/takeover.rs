@@ -14,6 +14,7 @@ pub use api::router;
 pub use belief::Reason;
 pub use book::{Source, Suspect};
 pub use desk::{Change, Desk, FacadeRow, Page, Passed, Refusal, RegistryRow};
+pub use dial::{connect, dial};
 pub use facade::{
     Broken, Claim, Dialogue, Heard, Hello, Names, claims, expired, farewell, hello, is_farewell,
     is_to_us, removal, untold, welcome,
@@ -25,6 +26,7 @@ mod api;
 mod belief;
 mod book;
 mod desk;
+mod dial;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod facade;
@@ -40,6 +42,8 @@ mod shelf;
 mod sofa;
 #[cfg(test)]
 mod tests;
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
+mod tls;
 #[cfg(any(feature = "etcd", feature = "zookeeper"))]
 mod writer;
 #[cfg(feature = "zookeeper")]
@@ -94,6 +98,9 @@ pub trait Registry: Send {
 
     /// Whether it has said that it holds what was published of `service`.
     fn holds(&self, service: &str) -> bool;
+
+    /// It is spoken with no more: what it has said stays.
+    fn leave(&mut self) {}
 
     /// What it says is the word of an operator, and is taken as it is.
     fn is_beyond_doubt(&self) -> bool {

@@ -11,8 +11,10 @@ use crate::service::Endpoint;
 use crate::yaml::{Mistakes, Section};
 
 pub use self::sofa::{Scope, Sofa};
+pub use self::tls::{Identity, Tls};
 
 mod sofa;
+mod tls;
 
 /// Where services are kept.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -65,6 +67,8 @@ pub struct Tree {
     pub servers: Vec<String>,
     /// A weir that says nothing for so long is gone, and with it what it published.
     pub session_timeout: Duration,
+    /// How their servers are known; in plain text if not said.
+    pub tls: Option<Tls>,
 }
 
 impl Tree {
@@ -155,14 +159,14 @@ pub(super) fn registries(
         let kind = match word {
             Kind::Etcd => {
                 built(cfg!(feature = "etcd"), "etcd", &section, mistakes);
-                tree(&mut section, directory, mistakes).map(RegistryKind::Etcd)
+                tree(&mut section, word, directory, mistakes).map(RegistryKind::Etcd)
             }
             Kind::File => file(&mut section, directory, mistakes),
             Kind::Sofa => sofa::sofa(&mut section, mistakes),
             Kind::Static => Some(RegistryKind::Static(named(&mut section, mistakes))),
             Kind::Zookeeper => {
                 built(cfg!(feature = "zookeeper"), "zookeeper", &section, mistakes);
-                tree(&mut section, directory, mistakes).map(RegistryKind::Zookeeper)
+                tree(&mut section, word, directory, mistakes).map(RegistryKind::Zookeeper)
             }
         };
         // Said already, where they do not belong.
@@ -210,14 +214,20 @@ fn built(is_built: bool, feature: &str, section: &Section, mistakes: &mut Mistak
     }
 }
 
-fn tree(section: &mut Section, directory: &Path, mistakes: &mut Mistakes) -> Option<Tree> {
+fn tree(
+    section: &mut Section,
+    kind: Kind,
+    directory: &Path,
+    mistakes: &mut Mistakes,
+) -> Option<Tree> {
     let servers = servers(section, mistakes);
     let layout = section.word("layout", &Layout::WORDS, mistakes).unwrap_or(Layout::Sofa);
     let root = root(section, layout.usual_root(), mistakes);
     let session = section.number("session_timeout_ms", SESSION_MS, mistakes);
     let credentials = credentials(section, directory, mistakes);
+    let tls = tls::tls(section, kind, directory, mistakes);
     let session_timeout = Duration::from_millis(session.unwrap_or(SESSION_MS_USUAL));
-    Some(Tree { credentials, layout, root, servers: servers?, session_timeout })
+    Some(Tree { credentials, layout, root, servers: servers?, session_timeout, tls })
 }
 
 fn servers(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<String>> {
@@ -238,11 +248,8 @@ fn servers(section: &mut Section, mistakes: &mut Mistakes) -> Option<Vec<String>
             Some(text) => servers.push(text.to_owned()),
             None => {
                 let is_url = item.text().is_some_and(|text| text.contains("://"));
-                let more = if is_url {
-                    ", without a scheme: there is no TLS to registries yet"
-                } else {
-                    ""
-                };
+                let more =
+                    if is_url { ", without a scheme: TLS is asked for with `tls`" } else { "" };
                 let text = format!("{}must be `host:port`{more}", item.said());
                 mistakes.add(item.place, &path, text);
             }
@@ -349,7 +356,7 @@ const KINDS: [(&str, Kind); 5] = [
     ("zookeeper", Kind::Zookeeper),
 ];
 /// Which kinds have a key.
-const KEYS: [(&str, &[Kind]); 12] = [
+const KEYS: [(&str, &[Kind]); 13] = [
     ("group", &[Kind::Sofa]),
     ("heartbeat_ms", &[Kind::Sofa]),
     ("layout", &[Kind::Etcd, Kind::Zookeeper]),
@@ -360,6 +367,7 @@ const KEYS: [(&str, &[Kind]); 12] = [
     ("servers", &[Kind::Etcd, Kind::Sofa, Kind::Zookeeper]),
     ("services", &[Kind::Static]),
     ("session_timeout_ms", &[Kind::Etcd, Kind::Zookeeper]),
+    ("tls", &[Kind::Etcd, Kind::Zookeeper]),
     ("user", &[Kind::Etcd, Kind::Zookeeper]),
     ("zone", &[Kind::Sofa]),
 ];

@@ -166,6 +166,11 @@ fn facade_of(
     };
     let mut found: Vec<(String, Tree)> = registries.iter().filter(is_it).filter_map(tree).collect();
     match (found.len(), found.pop()) {
+        (1, Some((registry, Tree { tls: Some(_), .. }))) => {
+            let text = "has `tls`, which is not spoken here: it must be another registry";
+            mistakes.add(place, path, format!("{registry} {text}"));
+            None
+        }
         (1, Some((registry, tree))) => Some(Facade { listen, registry, tree }),
         _ => {
             let text = "must say which registry of kind zookeeper it stands for (`registry: NAME`)";

@@ -246,3 +246,22 @@ proptest::proptest! {
         let _ = Config::parse("weir.yaml", None, &text).map_err(|mistakes| mistakes.to_string());
     }
 }
+
+#[test]
+fn tls_to_a_registry_needs_an_authority_and_whole_pairs() {
+    let wrong = |kind: &str, tls: &str, more: &str| {
+        let registry = format!("{{ name: r, kind: {kind}, servers: [\"a:1\"], tls: {tls} }}");
+        let text = format!("takeover:\n  registries: [{registry}]\n  {more}");
+        mistakes(&text).join("\n")
+    };
+    for (kind, tls, more, expected) in [
+        ("etcd", "{ certificate: c, key: k }", "", "tls.ca: is missing"),
+        ("etcd", "{ ca: a, key: k }", "", "`certificate` and `key` belong together"),
+        ("zookeeper", "{ ca: a, server_name: n }", "", "under which `servers` has it"),
+        ("zookeeper", "{ ca: a }", "facade: {}", "r has `tls`, which is not spoken here"),
+        ("sofa", "{ ca: a }", "", "only a registry of kind etcd or zookeeper has a `tls`"),
+    ] {
+        let said = wrong(kind, tls, more);
+        assert!(said.contains(expected), "{said}");
+    }
+}

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::services::Services;
 use crate::service::{Check, CheckKind, Table};
+use crate::takeover::connect;
 use crate::wire::{Stop, bolt, dubbo};
 
 /// What was found at an address, and when to look again.
@@ -163,14 +164,6 @@ pub(super) async fn stays(addr: SocketAddr, mark: Option<u32>) -> bool {
         Ok(said) => said.is_ok_and(|bytes| bytes > 0),
         Err(_) => true,
     }
-}
-
-pub(super) async fn connect(addr: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
-    let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    if let Some(mark) = mark {
-        socket2::SockRef::from(&socket).set_mark(mark)?;
-    }
-    socket.connect(addr).await
 }
 
 /// The id of every heartbeat, each of which has a connection of its own.

@@ -17,16 +17,16 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::tcp::OwnedWriteHalf;
-use tokio::net::{TcpListener, TcpStream, lookup_host};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use self::frames::{Frames, write};
 use super::takeover::TakingOver;
-use super::{RunError, Running, checks};
+use super::{RunError, Running};
 use crate::config::{self, Takeover};
 use crate::takeover::{
-    self, Broken, Claim, Desk, Dialogue, Heard, Hello, Names, claims, expired, farewell,
+    self, Broken, Claim, Desk, Dialogue, Heard, Hello, Names, claims, dial, expired, farewell,
     is_farewell, is_to_us, removal,
 };
 
@@ -221,17 +221,9 @@ impl Facade {
     }
 
     async fn reach(&self, server: &str) -> io::Result<TcpStream> {
-        let mut trouble = io::Error::from(io::ErrorKind::NotFound);
-        for addr in lookup_host(server).await? {
-            match checks::connect(addr, self.mark).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true)?;
-                    return Ok(stream);
-                }
-                Err(error) => trouble = error,
-            }
-        }
-        Err(trouble)
+        let stream = dial(server, self.mark).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
 
     /// What an application or a registry can bring about at will is said once.

@@ -10,9 +10,10 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Captured, Config, Credentials, Destinations, Facade, Forward, Inbound, InboundCapture, Named,
-    Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection, ProxyProtocol, Reach,
-    Registry, RegistryKind, Sofa, SourceAddress, Takeover, Tree, Wanted, Workers, Workload,
+    Captured, Config, Credentials, Destinations, Facade, Forward, Identity, Inbound,
+    InboundCapture, Named, Namespace, OnChange, OnExit, Outbound, OutboundCapture, Protection,
+    ProxyProtocol, Reach, Registry, RegistryKind, Sofa, SourceAddress, Takeover, Tls, Tree, Wanted,
+    Workers, Workload,
 };
 use crate::service::{Endpoint, Manner};
 
@@ -225,7 +226,7 @@ fn sofa(name: &str, settings: &Sofa) -> Value {
 }
 
 fn tree(name: &str, kind: &str, settings: &Tree) -> Value {
-    let Tree { credentials, layout, root, servers, session_timeout } = settings;
+    let Tree { credentials, layout, root, servers, session_timeout, tls } = settings;
     let mut shown = json!({
         "name": name,
         "kind": kind,
@@ -237,6 +238,17 @@ fn tree(name: &str, kind: &str, settings: &Tree) -> Value {
     if let Some(Credentials { password_file, user }) = credentials {
         shown["user"] = user.as_str().into();
         shown["password_file"] = password_file.display().to_string().into();
+    }
+    if let Some(Tls { ca, identity, server_name }) = tls {
+        let mut tls = json!({ "ca": ca.display().to_string() });
+        if let Some(Identity { certificate, key }) = identity {
+            tls["certificate"] = certificate.display().to_string().into();
+            tls["key"] = key.display().to_string().into();
+        }
+        if let Some(name) = server_name {
+            tls["server_name"] = name.as_str().into();
+        }
+        shown["tls"] = tls;
     }
     shown
 }
@@ -359,6 +371,7 @@ takeover:
     - { name: main, kind: static, services: [{ name: "a:1", parameters: "v=1", endpoints: ["10.0.0.1:2", { addr: "10.0.0.2:2", weight: 1, zone: b }] }] }
     - { name: lab, kind: file, path: /tmp/services.yaml }
     - { name: keeper, kind: zookeeper, servers: ["10.0.0.9:2181", "zk.example:2181"], layout: dubbo, root: /d, user: u, password_file: /p, session_timeout_ms: 5000 }
+    - { name: cluster, kind: etcd, servers: ["10.0.0.9:2379"], tls: { ca: /ca.pem, certificate: /me.pem, key: /me.key, server_name: etcd.example } }
     - { name: sofa, kind: sofa, servers: ["10.0.0.9:9603"], group: g, zone: z, scope: data_center, heartbeat_ms: 1000 }
   propagation_ms: 1000
   protect: { empty_ms: 1000, drop_percent: 50, drop_ms: 2000 }

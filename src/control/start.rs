@@ -72,7 +72,9 @@ pub(super) fn start(
     let mut sockets = listeners::open(config, prepared, &routes, cpus.len())?;
     let own_ports = capturing::own_ports(config, &config.workloads);
     let takeover = config.takeover.as_ref();
-    let taking_over = takeover.map(|takeover| TakingOver::new(takeover, own_ports, &services));
+    let mark = captures.then_some(OWN_MARK);
+    let taking_over =
+        takeover.map(|takeover| TakingOver::new(takeover, own_ports, mark, &services));
     let profile = Arc::new(config.profile.clone());
     let port_counts = PortCounts::new();
     let count = u16::try_from(cpus.len()).unwrap_or(u16::MAX);

@@ -87,9 +87,10 @@ impl TakingOver {
     pub(super) fn new(
         config: &Takeover,
         own_ports: Vec<u16>,
+        mark: Option<u32>,
         services: &Arc<Services>,
     ) -> TakingOver {
-        let desk = Arc::new(Mutex::new(Desk::new(config.clone(), own_ports)));
+        let desk = Arc::new(Mutex::new(Desk::new(config.clone(), own_ports, mark)));
         let manner = config.manner.clone();
         let leaving = watch::Sender::new(false);
         let taking_over = TakingOver { desk, leaving, manner, services: Arc::clone(services) };
@@ -111,16 +112,27 @@ impl TakingOver {
     }
 
     /// Nobody shall be sent here any more: registries forget this host, and who had heard of it
-    /// gets the time to hear that.
+    /// gets the time to hear that. Then they are left: a connection to one may be a flow of our own, for
+    /// which a drain would wait.
     pub(super) async fn withdraw(self) {
         let (withdrawn, is_entered, propagation) = {
             let mut desk = self.lock();
             (desk.withdraw(), desk.is_anything_entered(), desk.propagation())
         };
         self.leaving.send_replace(true);
-        if withdrawn.is_empty() && !is_entered {
-            return;
+        if !withdrawn.is_empty() || is_entered {
+            self.until_forgotten(&withdrawn).await;
+            if is_entered {
+                // The next weir must not take up sessions of which this one has taken something away.
+                let pages = self.lock().pages();
+                write(pages).await;
+            }
+            tokio::time::sleep(propagation).await;
         }
+        self.lock().leave();
+    }
+
+    async fn until_forgotten(&self, withdrawn: &[String]) {
         let end = Instant::now() + WITHDRAW_WITHIN;
         let is_there = || {
             let desk = self.lock();
@@ -133,12 +145,6 @@ impl TakingOver {
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
-        if is_entered {
-            // The next weir must not take up sessions of which this one has taken something away.
-            let pages = self.lock().pages();
-            write(pages).await;
-        }
-        tokio::time::sleep(propagation).await;
     }
 
     /// The façade's metrics, if there is one.
@@ -324,7 +330,7 @@ mod tests {
         let config = Config::parse("weir.yaml", None, &config).unwrap();
         let (takeover, services) = (config.takeover.unwrap(), Arc::new(Services::default()));
         let entered = enter(&takeover, &services);
-        let _taking_over = TakingOver::new(&takeover, Vec::new(), &services);
+        let _taking_over = TakingOver::new(&takeover, Vec::new(), None, &services);
         let table = services.table();
         for (id, addr) in entered.wanted.into_iter().zip(["127.0.0.1:2", "127.0.0.1:3"]) {
             let members = table.service(id).unwrap().members();

@@ -137,10 +137,11 @@ struct Health {
 }
 
 impl Desk {
-    /// With the registries of a config, in a weir that listens on these ports. What is wanted from
-    /// the start is subscribed to, and what applications asked for in an earlier life.
+    /// With the registries of a config, in a weir that listens on these ports, and whose connections need
+    /// this `mark` not to be captured. What is wanted from the start is subscribed to, and what
+    /// applications asked for in an earlier life.
     #[must_use]
-    pub fn new(config: Takeover, own_ports: Vec<u16>) -> Desk {
+    pub fn new(config: Takeover, own_ports: Vec<u16>, mark: Option<u32>) -> Desk {
         let shelf = config.state.as_deref().map(Shelf::new);
         let kept = config.registries.iter().map(|one| disk::kept_of(one, shelf.as_ref()));
         let mut desk = Desk {
@@ -154,7 +155,7 @@ impl Desk {
             is_leaving: false,
             own_ports,
             publications: BTreeMap::new(),
-            registries: config.registries.iter().map(registry).collect(),
+            registries: config.registries.iter().map(|one| registry(one, mark)).collect(),
             config,
             shelf,
             to_keep: false,
@@ -243,6 +244,11 @@ impl Desk {
         }
         self.hear();
         self.publications.keys().filter(|service| self.is_held(service)).cloned().collect()
+    }
+
+    /// Registries are spoken with no more; calls go by what is known.
+    pub fn leave(&mut self) {
+        self.registries.iter_mut().for_each(|registry| registry.leave());
     }
 
     /// Some registry still holds what was published of `service`.
@@ -521,18 +527,24 @@ impl std::fmt::Debug for Desk {
     }
 }
 
-fn registry(one: &crate::config::Registry) -> Box<dyn Registry> {
+#[cfg_attr(
+    not(any(feature = "etcd", feature = "sofa", feature = "zookeeper")),
+    expect(unused_variables, reason = "nobody dials")
+)]
+fn registry(one: &crate::config::Registry, mark: Option<u32>) -> Box<dyn Registry> {
     let name = &one.name;
     match &one.kind {
         #[cfg(feature = "etcd")]
-        RegistryKind::Etcd(settings) => Box::new(Remote::spawn(name, Etcd::new(settings))),
+        RegistryKind::Etcd(settings) => Box::new(Remote::spawn(name, mark, Etcd::new(settings))),
         RegistryKind::File(path) => Box::new(FileRegistry::new(name, path)),
         #[cfg(feature = "sofa")]
-        RegistryKind::Sofa(settings) => Box::new(Remote::spawn(name, SofaRegistry::new(settings))),
+        RegistryKind::Sofa(settings) => {
+            Box::new(Remote::spawn(name, mark, SofaRegistry::new(settings)))
+        }
         RegistryKind::Static(services) => Box::new(FixedRegistry::new(name, services)),
         #[cfg(feature = "zookeeper")]
         RegistryKind::Zookeeper(settings) => {
-            Box::new(Remote::spawn(name, Zookeeper::new(settings)))
+            Box::new(Remote::spawn(name, mark, Zookeeper::new(settings)))
         }
         // The config has refused it.
         #[cfg(not(all(feature = "etcd", feature = "sofa", feature = "zookeeper")))]

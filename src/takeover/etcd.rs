@@ -19,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use self::gateway::{Failure, Gateway, Watch, Why, decoded, encoded, number};
 use super::Provider;
 use super::link::{Backend, Life, Link, password_of};
+use super::tls::{Unusable, Wrapper};
 use super::writer::{Owner, Store, Writer};
 use crate::config::{Credentials, Tree};
 
@@ -38,7 +39,7 @@ impl Backend for Etcd {
 
     async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Trouble> {
         let Etcd(settings) = self;
-        let (gateway, lease) = open(settings).await?;
+        let (gateway, lease) = open(link, settings).await?;
         link.note_session();
         let keeper = keep_alive(gateway.twin(), lease.clone());
         let mut session = Session::new(link, settings, gateway, lease);
@@ -56,6 +57,8 @@ pub(super) enum Trouble {
     Call(#[from] Failure),
     #[error("read the password in {path}: {source}")]
     Password { path: String, source: io::Error },
+    #[error(transparent)]
+    Tls(#[from] Unusable),
 }
 
 /// A lease, and how long the cluster grants it without a word.
@@ -66,11 +69,13 @@ struct Lease {
 }
 
 /// At the first server that grants a lease.
-async fn open(settings: &Tree) -> Result<(Gateway, Lease), Trouble> {
+async fn open(link: &Arc<Link>, settings: &Tree) -> Result<(Gateway, Lease), Trouble> {
     let password = settings.credentials.as_ref().map(password).transpose()?;
-    let mut opened = Err(Gateway::new("").failure("connect", Why::Ended));
+    let tls = settings.tls.as_ref().map(Wrapper::read).transpose()?;
+    let mut opened = Err(Gateway::new(link, "", None).failure("connect", Why::Ended));
     for server in &settings.servers {
-        opened = open_at(server, settings, password.as_ref()).await;
+        let gateway = Gateway::new(link, server, tls.clone());
+        opened = open_at(gateway, settings, password.as_ref()).await;
         if opened.is_ok() {
             break;
         }
@@ -79,12 +84,11 @@ async fn open(settings: &Tree) -> Result<(Gateway, Lease), Trouble> {
 }
 
 async fn open_at(
-    server: &str,
+    mut gateway: Gateway,
     settings: &Tree,
     password: Option<&(&str, String)>,
 ) -> Result<(Gateway, Lease), Failure> {
     const STEP: &str = "lease/grant";
-    let mut gateway = Gateway::new(server);
     if let Some((user, password)) = password {
         gateway.log_in(user, password).await?;
     }

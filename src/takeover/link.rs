@@ -10,12 +10,15 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt::Display;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
+use super::dial::dial;
 use super::{Provider, Registry, Snapshot, Standing};
 
 /// A kind of registry on the network: how a session with it goes.
@@ -41,6 +44,7 @@ pub(super) struct Remote {
 #[derive(Debug)]
 pub(super) struct Link {
     bell: Notify,
+    mark: Option<u32>,
     name: String,
     notes: Mutex<Notes>,
 }
@@ -71,11 +75,12 @@ pub(super) struct Life(pub(super) u64);
 struct Backoff(Duration);
 
 impl Remote {
-    /// A task of its own speaks with the registry until this is dropped.
-    pub(super) fn spawn(name: &str, backend: impl Backend) -> Remote {
+    /// A task of its own speaks with the registry until this is dropped; its connections have a `mark`
+    /// if weir could capture them.
+    pub(super) fn spawn(name: &str, mark: Option<u32>, backend: impl Backend) -> Remote {
         let standing = Standing { down_since: Some(Instant::now()), ..Standing::default() };
         let notes = Mutex::new(Notes { standing, ..Notes::default() });
-        let link = Arc::new(Link { bell: Notify::new(), name: name.to_owned(), notes });
+        let link = Arc::new(Link { bell: Notify::new(), mark, name: name.to_owned(), notes });
         let task = tokio::spawn(run(Arc::clone(&link), backend)).abort_handle();
         Remote { link, task }
     }
@@ -106,6 +111,11 @@ impl Registry for Remote {
 
     fn holds(&self, service: &str) -> bool {
         self.link.notes().held.contains_key(service)
+    }
+
+    fn leave(&mut self) {
+        self.task.abort();
+        self.link.notes().note_connected(false);
     }
 
     fn news(&mut self) -> Vec<Snapshot> {
@@ -165,6 +175,11 @@ impl Link {
     /// In logs.
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// A connection to `server`, a host and a port, that weir never captures.
+    pub(super) async fn dial(&self, server: &str) -> io::Result<TcpStream> {
+        dial(server, self.mark).await
     }
 
     /// The desk wants something else than before.
@@ -280,7 +295,7 @@ impl Backoff {
 
 /// The first line of its file.
 #[cfg(any(feature = "etcd", feature = "zookeeper"))]
-pub(super) fn password_of(credentials: &crate::config::Credentials) -> std::io::Result<String> {
+pub(super) fn password_of(credentials: &crate::config::Credentials) -> io::Result<String> {
     let text = std::fs::read_to_string(&credentials.password_file)?;
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }

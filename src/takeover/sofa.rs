@@ -81,7 +81,7 @@ impl SofaRegistry {
         let (mut reader, mut writer) = stream.split();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut refresh = Box::pin(refreshed(settings));
+        let mut refresh = Box::pin(refreshed(link, settings));
         loop {
             dialogue.ask(Instant::now(), &mut output);
             tokio::select! {
@@ -102,7 +102,7 @@ impl SofaRegistry {
                 }
                 servers = &mut refresh => {
                     know(known, servers);
-                    refresh = Box::pin(refreshed(settings));
+                    refresh = Box::pin(refreshed(link, settings));
                 }
             }
         }
@@ -114,7 +114,7 @@ impl Backend for SofaRegistry {
 
     async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Failure> {
         if !std::mem::take(&mut self.is_up_to_date) {
-            match discover(&self.settings).await {
+            match discover(link, &self.settings).await {
                 Ok(servers) => know(&mut self.known, servers),
                 Err(unknown) if self.known.is_empty() => return Err(unknown.into()),
                 // They may well serve although nobody says so.
@@ -124,7 +124,7 @@ impl Backend for SofaRegistry {
         let server = self.known.pop().unwrap_or_default();
         self.known.insert(0, server.clone());
         let failed = |source| Failure::Connect { server: server.clone(), source };
-        let connect = timeout(CONNECT_WITHIN, TcpStream::connect(&server)).await;
+        let connect = timeout(CONNECT_WITHIN, link.dial(&server)).await;
         let stream = connect.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let stream = stream.map_err(failed)?;
         stream.set_nodelay(true).map_err(failed)?;
@@ -148,12 +148,12 @@ fn know(known: &mut Vec<String>, servers: Vec<String>) {
 }
 
 /// Asks one after the other, from a random one on.
-async fn discover(settings: &Sofa) -> Result<Vec<String>, Unknown> {
+async fn discover(link: &Link, settings: &Sofa) -> Result<Vec<String>, Unknown> {
     let first = usize::try_from(random() % settings.servers.len().max(1) as u64).unwrap_or(0);
     let (before, after) = settings.servers.split_at(first);
     let mut trouble = None;
     for server in after.iter().chain(before) {
-        match session_servers(server).await {
+        match session_servers(link, server).await {
             Ok(servers) => return Ok(servers),
             Err(unknown) => trouble = Some(unknown),
         }
@@ -162,10 +162,10 @@ async fn discover(settings: &Sofa) -> Result<Vec<String>, Unknown> {
 }
 
 /// Waits until it is time to ask again, and until somebody has answered.
-async fn refreshed(settings: &Sofa) -> Vec<String> {
+async fn refreshed(link: &Link, settings: &Sofa) -> Vec<String> {
     loop {
         tokio::time::sleep(REFRESH_EVERY).await;
-        if let Ok(servers) = discover(settings).await {
+        if let Ok(servers) = discover(link, settings).await {
             return servers;
         }
     }

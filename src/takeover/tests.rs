@@ -17,7 +17,7 @@ fn config(text: &str) -> Takeover {
 }
 
 fn desk(text: &str) -> Desk {
-    Desk::new(config(text), vec![12_201, 12_220, 13_330])
+    Desk::new(config(text), vec![12_201, 12_220, 13_330], None)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -156,7 +156,10 @@ fn what_cannot_be_published_is_refused_with_the_reason() {
     assert_eq!(refusal, Refusal::AnotherPort { port: 20_880 });
     let text = "takeover: { inbound: \"0.0.0.0:12201\" }";
     let nowhere = Config::parse("weir.yaml", None, text).unwrap().takeover.unwrap();
-    assert_eq!(Desk::new(nowhere, vec![]).publish(SERVICE, None, ""), Err(Refusal::NoAddress));
+    assert_eq!(
+        Desk::new(nowhere, vec![], None).publish(SERVICE, None, ""),
+        Err(Refusal::NoAddress)
+    );
 }
 
 /// Who subscribes is told what calls go by already.

@@ -7,20 +7,22 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use zookeeper_client::{
     Acl, Acls, Client, CreateMode, Error, EventType, OneshotWatcher, Permission, SessionState,
-    StateWatcher,
+    StateWatcher, TlsOptions,
 };
 
 use self::followers::Followers;
 use super::Provider;
 use super::link::{Backend, Link, password_of};
+use super::tls::{Unusable, Wrapper};
 use super::writer::{Owner, Store, Writer};
-use crate::config::{Credentials, Layout, Tree};
+use crate::config::{Credentials, Identity, Layout, Tls, Tree};
 
 mod followers;
 
@@ -37,7 +39,7 @@ impl Backend for Zookeeper {
     type Failure = Failure;
 
     async fn session(&mut self, link: &Arc<Link>) -> Result<Infallible, Failure> {
-        let client = connect(&self.0).await?;
+        let client = connect(link, &self.0).await?;
         link.note_session();
         Session::new(link, &self.0, client).serve().await
     }
@@ -52,15 +54,52 @@ pub(super) enum Failure {
     Password { path: String, source: io::Error },
     #[error("the session at ZooKeeper has ended: {0}")]
     Session(SessionState),
+    #[error("TLS to ZooKeeper at {server}: {source} (tls.ca decides who it must be)")]
+    Tls { server: String, source: io::Error },
+    #[error("TLS to ZooKeeper: {0}")]
+    TlsOptions(Error),
+    #[error(transparent)]
+    Unusable(#[from] Unusable),
 }
 
-async fn connect(settings: &Tree) -> Result<Client, Failure> {
+async fn connect(link: &Link, settings: &Tree) -> Result<Client, Failure> {
     let servers = settings.servers.join(",");
     let mut connector = Client::connector().with_session_timeout(settings.session_timeout);
     if let Some(credentials) = &settings.credentials {
         connector = connector.with_auth("digest", digest(credentials)?.as_bytes());
     }
-    connector.connect(&servers).await.map_err(|source| Failure::Connect { servers, source })
+    let failed = |source| Failure::Connect { servers: servers.clone(), source };
+    let Some(tls) = &settings.tls else { return connector.connect(&servers).await.map_err(failed) };
+    let wrapper = Wrapper::read(tls)?;
+    // The client takes it for granted that they have one.
+    settings.servers.iter().try_for_each(|server| wrapper.name_of(server).map(drop))?;
+    let options = options(tls).map_err(Failure::TlsOptions)?;
+    match connector.with_tls(options).secure_connect(&servers).await {
+        Ok(client) => Ok(client),
+        Err(error) => Err(why(link, &settings.servers, &wrapper).await.unwrap_or(failed(error))),
+    }
+}
+
+fn options(tls: &Tls) -> Result<TlsOptions, Error> {
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+    let options = TlsOptions::new().with_pem_ca(&read(&tls.ca))?;
+    match &tls.identity {
+        None => Ok(options),
+        Some(Identity { certificate, key }) => {
+            options.with_pem_identity(&read(certificate), &read(key))
+        }
+    }
+}
+
+/// The client does not say why nobody could be reached: perhaps a server is not who it must be.
+async fn why(link: &Link, servers: &[String], wrapper: &Wrapper) -> Option<Failure> {
+    for server in servers {
+        let Ok(Ok(stream)) = timeout(LOOK_WITHIN, link.dial(server)).await else { continue };
+        if let Ok(Err(source)) = timeout(LOOK_WITHIN, wrapper.wrap(server, stream)).await {
+            return Some(Failure::Tls { server: server.clone(), source });
+        }
+    }
+    None
 }
 
 fn digest(credentials: &Credentials) -> Result<String, Failure> {
@@ -268,6 +307,8 @@ const RECONCILE_EVERY: Duration = Duration::from_secs(1);
 const AUDIT_TICKS: u32 = 5;
 /// Changes of one directory that come closer than this are one.
 const COALESCE: Duration = Duration::from_millis(20);
+/// Of a server that takes connections and no session.
+const LOOK_WITHIN: Duration = Duration::from_secs(1);
 const READ_AGAIN: Duration = Duration::from_millis(500);
 /// Directories and rivals come and go between two steps; more than this is no accident.
 const ENTER_ATTEMPTS: u32 = 5;

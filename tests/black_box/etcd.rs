@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::harness::{Etcd, Net, Place, Weir, until, weir};
-use crate::takeover::{OUTBOUND, SERVICE, ask, await_endpoints, exchange, service};
+use crate::harness::{Authority, Etcd, Net, Place, Weir, until, weir};
+use crate::takeover::{OUTBOUND, SERVICE, accept, ask, await_endpoints, exchange, service};
 
 const CLUSTER: &str = "10.98.2.2:2379";
 const REGISTRY: &str = "{ name: main, kind: etcd, servers: [\"10.98.2.2:2379\"], layout: dubbo, session_timeout_ms: 2000 }";
@@ -172,6 +172,75 @@ fn subscriber_waits_for_a_late_registry_and_not_long_for_none() {
     assert!(begin.elapsed() < Duration::from_secs(3), "it is known to be down: {begin:?}");
     drop(listener);
     weir.end(&net);
+}
+
+/// With `tls` a cluster must show who it is, and so does weir; a wrong authority and a wrong name are said, and
+/// right files are taken up without a restart.
+#[test]
+fn cluster_and_weir_show_each_other_who_they_are() {
+    let net = Net::new();
+    let (authority, stranger) = (Authority::new("authority"), Authority::new("stranger"));
+    let etcd = Etcd::secure(&net, Place::Server, CLUSTER, &authority);
+    let place = TempDir::new().unwrap();
+    let (ca, name) = (place.path().join("ca.pem"), |name: &str| format!("server_name: {name}"));
+    let [certificate, key] = authority.issue("weir", "DNS:weir.example");
+    let config = |server_name: &str| {
+        let tls = format!(
+            "{{ ca: \"{}\", certificate: \"{}\", key: \"{}\", {server_name} }}",
+            ca.display(),
+            certificate.display(),
+            key.display()
+        );
+        let registry = REGISTRY.replace(" }", &format!(", tls: {tls} }}"));
+        format!(
+            "workers: 1\ntakeover: {{ advertise: 10.98.2.2, app_port: 20880, propagation_ms: 0, \
+             registries: [{registry}], services: [{{ name: \"{SERVICE}\" }}] }}"
+        )
+    };
+    let run = |config: &str| Weir::run_as(net.command(Place::Server, weir()), config);
+    std::fs::copy(stranger.ca(), &ca).unwrap();
+    let misled = run(&config(&name("etcd.example")));
+    until("a stranger is refused", || misled.log().contains("UnknownIssuer (tls.ca"));
+    publish(&net);
+    std::fs::copy(authority.ca(), &ca).unwrap();
+    await_endpoints(&misled, 1);
+    assert_eq!(etcd.providers().len(), 1);
+    misled.end(&net);
+    assert_eq!(etcd.providers(), Vec::<String>::new());
+
+    let other = run(&config(&name("other.example")));
+    until("another name is refused", || other.log().contains("certificate not valid for name"));
+    other.end(&net);
+    let by_address = run(&config(""));
+    until("it is known by its address", || by_address.log().contains("connected"));
+    by_address.end(&net);
+}
+
+/// TP7: what weir says to a registry is no traffic of the workload, also where everything else is: it is not
+/// captured, and no flow.
+#[test]
+fn own_words_to_a_registry_are_never_captured() {
+    let net = Net::new();
+    let etcd = Etcd::started(&net, Place::Server, CLUSTER);
+    let listener = net.listen(Place::Server, "10.98.2.2:7001");
+    for mode in ["tproxy", "redirect"] {
+        let config = format!(
+            "workers: 1\noutbound: {{ capture: {mode} }}\ntakeover: {{ advertise: 10.98.1.1, app_port: 20880, \
+             propagation_ms: 0, registries: [{REGISTRY}], services: [{{ name: \"{SERVICE}\" }}] }}"
+        );
+        let weir = Weir::run(&net, &config);
+        until("weir has a session", || weir.metric("weir_registry_connected", &[]) == 1);
+        until("the registry has said something", || {
+            weir.metric("weir_registry_snapshots_total", &[]) >= 1
+        });
+        assert_eq!(weir.opened(), 0, "{mode}: {:?}", weir.flows());
+        let client = net.connect(Place::Node, "10.98.2.2:7001");
+        let served = accept(&listener);
+        assert_eq!(weir.opened(), 1, "{mode}: others are captured");
+        drop((client, served));
+        weir.end(&net);
+    }
+    drop(etcd);
 }
 
 /// RS8: weir is who the config says; what this user may not do is said once and counted, and stops nothing

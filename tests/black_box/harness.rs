@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+pub(crate) use self::authority::Authority;
 pub(crate) use self::bpffs::Bpffs;
 pub(crate) use self::etcd::Etcd;
 pub(crate) use self::java::java;
@@ -13,6 +14,7 @@ pub(crate) use self::weir::{Weir, config_file, weir};
 pub(crate) use self::words::{Random, check, echo, expect_eof, expect_reset, receive, send};
 pub(crate) use self::zookeeper::Zookeeper;
 
+mod authority;
 mod bpffs;
 mod etcd;
 mod java;

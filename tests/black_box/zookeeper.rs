@@ -9,7 +9,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use zookeeper_client::{Acl, Acls, AuthId, CreateMode, Permission};
 
-use crate::harness::{Net, Place, Weir, Zookeeper, until, weir};
+use crate::harness::{Authority, Net, Place, Weir, Zookeeper, until, weir};
 use crate::takeover::{SERVICE, accept, ask, await_endpoints, exchange, service};
 
 const ENSEMBLE: &str = "10.98.2.2:2181";
@@ -391,4 +391,63 @@ fn what_a_user_writes_belongs_to_the_user() {
     assert_eq!(provider.metric("weir_registry_refusals_total", &[]), 0);
     provider.end(&net);
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+}
+
+/// With `tls` an ensemble must show who it is, and so does weir; a wrong authority is said, and the right one is
+/// taken up without a restart.
+#[test]
+fn ensemble_and_weir_show_each_other_who_they_are() {
+    let net = lab();
+    let (authority, stranger) = (Authority::new("authority"), Authority::new("stranger"));
+    let secure = "10.98.2.2:2281";
+    let zookeeper = Zookeeper::secure(&net, Place::Server, ENSEMBLE, secure, &authority);
+    let place = TempDir::new().unwrap();
+    let ca = place.path().join("ca.pem");
+    let [certificate, key] = authority.issue("weir", "DNS:weir.example");
+    let tls = format!(
+        ", tls: {{ ca: \"{}\", certificate: \"{}\", key: \"{}\" }} }}",
+        ca.display(),
+        certificate.display(),
+        key.display()
+    );
+    let registry = REGISTRY.replace(ENSEMBLE, secure).replace(" }", &tls);
+    let config = format!(
+        "workers: 1\ntakeover:\n  advertise: 10.98.2.2\n  inbound: \"0.0.0.0:20881\"\n  \
+         propagation_ms: 0\n  registries: [{registry}]"
+    );
+    std::fs::copy(stranger.ca(), &ca).unwrap();
+    let provider = Weir::run_as(net.command(Place::Server, weir()), &config);
+    application(&net);
+    publish(&net);
+    until("a stranger is refused", || provider.log().contains("UnknownIssuer (tls.ca"));
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+    std::fs::copy(authority.ca(), &ca).unwrap();
+    until("it is registered", || zookeeper.ephemerals().len() == 1);
+    provider.end(&net);
+    assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+}
+
+/// The client of ZooKeeper opens its connections itself, without weir's mark: where everything is captured they
+/// are flows like any other. They work, and hold up neither the withdrawal nor the end.
+#[test]
+fn ensemble_is_reached_through_a_capture_of_everything() {
+    let net = lab();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    let listener = net.listen(Place::Node, APP);
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    for mode in ["tproxy", "redirect"] {
+        let config = format!(
+            "workers: 1\noutbound: {{ capture: {mode} }}\ntakeover:\n  advertise: 10.98.1.1\n  \
+             app_port: 20880\n  propagation_ms: 0\n  registries: [{REGISTRY}]"
+        );
+        let mut weir = Weir::run(&net, &config);
+        let answer = ask(&net, Place::Node, "/services/publish", Some(&service(Some("20880"))));
+        assert_eq!(answer["success"], true);
+        until("it is registered", || zookeeper.ephemerals().len() == 1);
+        let begin = Instant::now();
+        weir.signal(Signal::SIGTERM);
+        assert_eq!(weir.wait().code(), Some(0), "{mode}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{mode}: {:?}", begin.elapsed());
+        assert_eq!(zookeeper.ephemerals(), Vec::<String>::new(), "{mode}");
+    }
 }

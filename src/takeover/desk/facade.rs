@@ -391,7 +391,7 @@ mod tests {
         );
         let config = Config::parse("weir.yaml", None, &text);
         let takeover = config.unwrap_or_else(|wrong| panic!("{wrong}")).takeover.unwrap();
-        Desk::new(takeover, vec![20_881, 12_220])
+        Desk::new(takeover, vec![20_881, 12_220], None)
     }
 
     fn path(port: u16) -> String {

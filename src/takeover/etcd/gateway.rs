@@ -18,16 +18,22 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
+
+use crate::takeover::link::Link;
+use crate::takeover::tls::Wrapper;
 
 /// One server, asked one thing at a time.
 #[derive(Debug)]
 pub(super) struct Gateway {
     /// None before the first call, and after one that failed.
     connection: Mutex<Option<SendRequest<Full<Bytes>>>>,
+    link: Arc<Link>,
     server: Arc<str>,
+    /// `None` for plain text.
+    tls: Option<Wrapper>,
     /// Of the user who has said a password.
     token: Option<HeaderValue>,
 }
@@ -56,6 +62,8 @@ pub(super) enum Why {
     /// A code of gRPC, and what the server has to say.
     #[error("{text}")]
     Said { code: u64, text: String },
+    #[error("TLS: {0} (tls.ca and tls.server_name decide who it must be)")]
+    Tls(io::Error),
     #[error("status {0}, which is not etcd's: is its gateway on (--enable-grpc-gateway)?")]
     Status(u16),
     #[error("the answer cannot be read")]
@@ -74,14 +82,16 @@ pub(super) struct Watch {
 }
 
 impl Gateway {
-    pub(super) fn new(server: &str) -> Gateway {
-        Gateway { connection: Mutex::new(None), server: server.into(), token: None }
+    pub(super) fn new(link: &Arc<Link>, server: &str, tls: Option<Wrapper>) -> Gateway {
+        let (link, server) = (Arc::clone(link), server.into());
+        Gateway { connection: Mutex::new(None), link, server, tls, token: None }
     }
 
     /// The same server and user, on a connection of its own.
     pub(super) fn twin(&self) -> Gateway {
-        let (server, token) = (Arc::clone(&self.server), self.token.clone());
-        Gateway { connection: Mutex::new(None), server, token }
+        let Gateway { link, server, tls, token, .. } = self;
+        let twin = Gateway::new(link, server, tls.clone());
+        Gateway { token: token.clone(), ..twin }
     }
 
     /// Every later call is by this user.
@@ -137,15 +147,15 @@ impl Gateway {
     }
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, Why> {
-        let stream = TcpStream::connect(&*self.server).await?;
+        let stream = self.link.dial(&self.server).await?;
         stream.set_nodelay(true)?;
         // Nobody says anything in a watch when nothing changes: who has gone without a word is found so.
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
         SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
-        let (connection, work) = handshake(TokioIo::new(stream)).await?;
-        // It ends with the connection; what it has to say, calls say too.
-        tokio::spawn(async { drop(work.await) });
-        Ok(connection)
+        match &self.tls {
+            None => speak(stream).await,
+            Some(tls) => speak(tls.wrap(&self.server, stream).await.map_err(Why::Tls)?).await,
+        }
     }
 
     fn request(&self, step: &'static str, body: String) -> Request<Full<Bytes>> {
@@ -199,6 +209,16 @@ pub(super) fn decoded(value: &Value) -> Option<String> {
 /// A number of 64 bits; what is not there is zero.
 pub(super) fn number(value: &Value) -> i64 {
     value.as_str().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+async fn speak<S>(stream: S) -> Result<SendRequest<Full<Bytes>>, Why>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (connection, work) = handshake(TokioIo::new(stream)).await?;
+    // It ends with the connection; what it has to say, calls say too.
+    tokio::spawn(async { drop(work.await) });
+    Ok(connection)
 }
 
 async fn read(answer: Response<Incoming>) -> Result<Bytes, Why> {

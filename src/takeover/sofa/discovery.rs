@@ -8,8 +8,9 @@ use axum::body::Body;
 use hyper::header::HOST;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use crate::takeover::link::Link;
 
 /// Why one of them does not say it.
 #[derive(Debug, thiserror::Error)]
@@ -27,9 +28,9 @@ pub(in crate::takeover) enum Unknown {
 }
 
 /// As the HTTP port `server` says it.
-pub(super) async fn session_servers(server: &str) -> Result<Vec<String>, Unknown> {
+pub(super) async fn session_servers(link: &Link, server: &str) -> Result<Vec<String>, Unknown> {
     let slow = |_| Unknown::Slow { server: server.to_owned() };
-    let said = timeout(WITHIN, ask(server)).await.map_err(slow)??;
+    let said = timeout(WITHIN, ask(link, server)).await.map_err(slow)??;
     let servers = parse(&said);
     if servers.is_empty() {
         return Err(Unknown::None { server: server.to_owned() });
@@ -37,10 +38,10 @@ pub(super) async fn session_servers(server: &str) -> Result<Vec<String>, Unknown
     Ok(servers)
 }
 
-async fn ask(server: &str) -> Result<String, Unknown> {
+async fn ask(link: &Link, server: &str) -> Result<String, Unknown> {
     let connect = |source| Unknown::Connect { server: server.to_owned(), source };
     let failed = |source| Unknown::Ask { server: server.to_owned(), source };
-    let stream = TcpStream::connect(server).await.map_err(connect)?;
+    let stream = link.dial(server).await.map_err(connect)?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| failed(axum::Error::new(error)))?;
     let request = Request::get(PATH).header(HOST, server).body(Body::empty());

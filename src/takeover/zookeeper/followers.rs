@@ -62,7 +62,7 @@ mod tests {
     #[tokio::test]
     async fn who_subscribes_again_hears_again() {
         let mut followers = Followers::default();
-        let mut remote = Remote::spawn("main", Silent);
+        let mut remote = Remote::spawn("main", None, Silent);
         let link = remote.link();
         let say = |service: String| {
             let link = Arc::clone(&link);

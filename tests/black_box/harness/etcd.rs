@@ -2,13 +2,14 @@
 //! Debian's etcd, in a namespace of the test, looked at with its own `etcdctl`.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::{Net, Place, until};
+use super::{Authority, Net, Place, until};
 
 /// A server of its own data; killed on drop, with who watches it.
 pub(crate) struct Etcd<'a> {
@@ -18,6 +19,9 @@ pub(crate) struct Etcd<'a> {
     is_closed: bool,
     net: &'a Net,
     place: Place,
+    /// Of a server that shows who it is and wants to know the same: its authority, its own certificate and
+    /// that one's key.
+    tls: Option<[PathBuf; 3]>,
     url: String,
     watcher: Option<Child>,
 }
@@ -26,7 +30,23 @@ impl<'a> Etcd<'a> {
     /// At `addr` in `place`, but not running yet.
     pub(crate) fn new(net: &'a Net, place: Place, addr: &str) -> Etcd<'a> {
         let (home, url) = (TempDir::new().unwrap(), format!("http://{addr}"));
-        Etcd { child: None, home, is_closed: false, net, place, url, watcher: None }
+        Etcd { child: None, home, is_closed: false, net, place, tls: None, url, watcher: None }
+    }
+
+    /// As `started`, and speaks TLS only, with whom its own authority vouches for.
+    pub(crate) fn secure(
+        net: &'a Net,
+        place: Place,
+        addr: &str,
+        authority: &Authority,
+    ) -> Etcd<'a> {
+        let mut etcd = Etcd::new(net, place, addr);
+        let ip = addr.rsplit_once(':').unwrap().0;
+        let [certificate, key] = authority.issue("etcd", &format!("IP:{ip},DNS:etcd.example"));
+        etcd.url = format!("https://{addr}");
+        etcd.tls = Some([authority.ca(), certificate, key]);
+        etcd.start();
+        etcd
     }
 
     /// As `new`, and serves.
@@ -39,6 +59,10 @@ impl<'a> Etcd<'a> {
     pub(crate) fn start(&mut self) {
         let mut command = self.net.command(self.place, "etcd");
         command.arg("--data-dir").arg(self.home.path().join("data"));
+        if let Some([ca, certificate, key]) = &self.tls {
+            command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+            command.arg("--cert-file").arg(certificate).arg("--key-file").arg(key);
+        }
         command.args(["--listen-client-urls", &self.url, "--advertise-client-urls", &self.url]);
         let log = fs::File::create(self.home.path().join("out")).unwrap();
         let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
@@ -118,7 +142,10 @@ impl<'a> Etcd<'a> {
     pub(crate) fn ask(&self, words: &[&str]) -> Option<String> {
         let user: &[&str] = if self.is_closed { &["--user", "root:root"] } else { &[] };
         let first = ["etcdctl", "--command-timeout=1s", "--endpoints", &self.url];
-        let all = [&first, user, words].concat();
+        let keys = ["--cacert", "--cert", "--key"];
+        let tls = self.tls.iter().flat_map(|files| keys.into_iter().zip(files));
+        let tls: Vec<&str> = tls.flat_map(|(key, file)| [key, file.to_str().unwrap()]).collect();
+        let all = [&first, &tls[..], user, words].concat();
         let output = self.net.output(self.place, &all);
         output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
     }

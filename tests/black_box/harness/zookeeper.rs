@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 use zookeeper_client::Client;
 
-use super::{Net, Place, until};
+use super::{Authority, Net, Place, until};
 
 /// A server of its own data; killed on drop.
 pub(crate) struct Zookeeper<'a> {
@@ -36,6 +36,35 @@ impl<'a> Zookeeper<'a> {
         );
         fs::write(home.path().join("zoo.cfg"), config).unwrap();
         Zookeeper { addr: addr.to_owned(), child: None, home, net, place }
+    }
+
+    /// As `started`, and speaks TLS at `addr` with whom its own authority vouches for; in plain text it serves at
+    /// `plain`.
+    pub(crate) fn secure(
+        net: &'a Net,
+        place: Place,
+        plain: &str,
+        addr: &str,
+        authority: &Authority,
+    ) -> Zookeeper<'a> {
+        let mut zookeeper = Zookeeper::new(net, place, plain);
+        let (ip, port) = addr.rsplit_once(':').unwrap();
+        let both = zookeeper.home.path().join("server.pem");
+        let pair = authority.issue("zookeeper", &format!("IP:{ip}"));
+        let pair = pair.map(|file| fs::read_to_string(file).unwrap());
+        fs::write(&both, pair.concat()).unwrap();
+        let config = zookeeper.home.path().join("zoo.cfg");
+        let more = format!(
+            "secureClientPortAddress={ip}\nsecureClientPort={port}\n\
+             serverCnxnFactory=org.apache.zookeeper.server.NettyServerCnxnFactory\n\
+             ssl.keyStore.type=PEM\nssl.keyStore.location={}\nssl.trustStore.type=PEM\n\
+             ssl.trustStore.location={}\n",
+            both.display(),
+            authority.ca().display()
+        );
+        fs::write(&config, fs::read_to_string(&config).unwrap() + &more).unwrap();
+        zookeeper.start();
+        zookeeper
     }
 
     /// As `new`, and serves.
@@ -140,6 +169,7 @@ impl Drop for Zookeeper<'_> {
 }
 
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
-/// Where Debian has it.
-const CLASSES: &str = "/etc/zookeeper/conf_example:/usr/share/java/zookeeper.jar";
+/// Where Debian has it, and what its TLS needs besides.
+const CLASSES: &str = "/etc/zookeeper/conf_example:/usr/share/java/zookeeper.jar:\
+                       /usr/share/java/netty-codec.jar:/usr/share/java/netty-resolver.jar";
 const MAIN: &str = "org.apache.zookeeper.server.ZooKeeperServerMain";
