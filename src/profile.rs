@@ -73,6 +73,9 @@ pub struct Limits {
 /// The worker's io_uring.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Ring {
+    /// Longest time a sleeping worker lets events gather before it wakes for them; zero wakes for
+    /// the first.
+    pub coalesce: Duration,
     /// Completion entries; a power of two, at least twice `entries`.
     pub completions: u32,
     /// Submission entries; a power of two.
@@ -209,7 +212,12 @@ impl Default for Profile {
                 splice_short_bytes: 16 << 10,
                 window_bytes: 256 << 10,
             },
-            ring: Ring { completions: 8192, entries: 1024, spin: Duration::from_micros(20) },
+            ring: Ring {
+                coalesce: Duration::ZERO,
+                completions: 8192,
+                entries: 1024,
+                spin: Duration::from_micros(20),
+            },
             sockets: Sockets {
                 busy_poll: Duration::ZERO,
                 congestion: None,

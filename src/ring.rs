@@ -13,6 +13,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, opcode, types};
@@ -64,6 +65,8 @@ pub struct Ring {
     answers: Vec<Event>,
     broken: Option<RingError>,
     cancels: Cancels,
+    /// Events may gather for as long.
+    coalesce: Duration,
     /// A dial was pushed and not submitted yet.
     dialling: bool,
     enters: u64,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::compare::select::Vary;
+use crate::compare::select::{self, Asked, Selection, Vary};
 use crate::run::sizes::Sizes;
 use crate::{run, serve};
 
@@ -320,6 +320,21 @@ pub(crate) struct Compare {
     pub(crate) output: Output,
 }
 
+impl Compare {
+    /// What is to be compared.
+    pub(crate) fn selection(&self) -> anyhow::Result<Selection> {
+        select::select(&Asked {
+            modes: &self.modes,
+            peers: &self.peers,
+            profiles: &self.profiles,
+            relays: &self.relays,
+            vary: self.vary.as_ref(),
+            workers: &self.workers,
+            workloads: &self.workloads,
+        })
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "must be seconds, as 0.5".to_owned())?;
     Duration::try_from_secs_f64(seconds)
@@ -357,4 +372,50 @@ fn rate(text: &str) -> Result<f64, String> {
     let rate: f64 = text.parse().map_err(|_| "must be a number, as 20000".to_owned())?;
     let fits = (0.001..=10_000_000.0).contains(&rate);
     if fits { Ok(rate) } else { Err("must be from 0.001 to 10000000".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::{Arguments, Verb};
+
+    /// Commands of a page: in code of its text, and lines of its blocks.
+    fn commands(page: &str) -> Vec<String> {
+        let joined = page.replace("\\\n", " ").replace("target/release/", "");
+        let parts = joined.lines().flat_map(|line| line.split('`'));
+        let parts = parts.map(|part| part.split(" # ").next().unwrap_or(part).trim());
+        // Words in capitals stand for something else, dots for anything.
+        let is_whole = |part: &&str| {
+            let is_word = |word: &str| word.len() < 2 || word != word.to_uppercase();
+            part.split(' ')
+                .all(|word| word.starts_with(|one: char| !one.is_alphabetic()) || is_word(word))
+        };
+        let parts = parts.filter(|part| part.starts_with("weir-loadtest ")).filter(is_whole);
+        parts.map(|part| part.replace(['\'', '\n'], "").replace("...", "")).collect()
+    }
+
+    #[test]
+    fn every_command_of_the_documentation_is_understood() {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut count = 0;
+        for page in ["README.md", "docs/BENCHMARKING.md", "docs/TUNING.md", "tuning/README.md"] {
+            let text = std::fs::read_to_string(top.join(page)).unwrap_or_default();
+            for command in commands(&text) {
+                let arguments = Arguments::try_parse_from(command.split_whitespace());
+                let said = match arguments.map(|arguments| arguments.verb) {
+                    Ok(Verb::Compare(compare)) if compare.results.is_empty() => {
+                        compare.selection().err().map(|error| error.to_string())
+                    }
+                    Ok(_) => None,
+                    Err(error) => Some(error.to_string()),
+                };
+                assert_eq!(said, None, "{page}: {command}");
+                count += 1;
+            }
+        }
+        assert!(count > 15, "only {count} commands were found");
+    }
 }

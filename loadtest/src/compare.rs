@@ -8,14 +8,14 @@ use anyhow::{Result, bail, ensure};
 
 use crate::arguments::{Compare, Output};
 use crate::threshold::{Figures, Threshold};
-use crate::{Exit, place, print, signals};
+use crate::{Exit, Usage, place, print, signals};
 
 use lab::Lab;
 use machine::Machine;
 use matrix::{Plan, WARMUP_SECONDS};
 use programs::{Common, Started};
 use result::Comparison;
-use select::{Asked, Selection, Target, Way};
+use select::{Selection, Target, Way};
 
 mod difference;
 mod figures;
@@ -35,33 +35,26 @@ pub(crate) fn compare(arguments: &Compare) -> Result<Exit> {
     match arguments.results.as_slice() {
         [] => here(arguments),
         [old, new] => results(arguments, old, new),
-        _ => bail!("name two results to compare, the older first; or none, to measure here"),
+        [_, ..] => {
+            let text = "name two results to compare, the older first; or none, to measure here";
+            Err(Usage(text.to_owned()).into())
+        }
     }
 }
 
 fn results(arguments: &Compare, old: &Path, new: &Path) -> Result<Exit> {
     let (old, new) = (Comparison::read(old)?, Comparison::read(new)?);
-    let (text, _) = difference::difference(&old, &new);
-    print(&text);
+    print(&difference::difference(&old, &new));
     judge(&arguments.threshold, &new)
 }
 
 fn here(arguments: &Compare) -> Result<Exit> {
-    let mut selection = select::select(&Asked {
-        modes: &arguments.modes,
-        peers: &arguments.peers,
-        profiles: &arguments.profiles,
-        relays: &arguments.relays,
-        vary: arguments.vary.as_ref(),
-        workers: &arguments.workers,
-        workloads: &arguments.workloads,
-    })?;
-    check(arguments, &selection)?;
+    let mut selection = wanted(arguments)?;
     signals::catch()?;
     let is_loopback = !nix::unistd::geteuid().is_root();
     let mut warnings = Vec::new();
     if is_loopback {
-        without_root(&mut selection, &mut warnings)?;
+        without_root(arguments, &mut selection, &mut warnings)?;
     }
     let cpus = place::allowed_cpus();
     let generator_cpu = arguments.generator_cpu.unwrap_or(cpus[0]);
@@ -77,7 +70,6 @@ fn here(arguments: &Compare) -> Result<Exit> {
             machine.others_cpu
         );
     }
-    enough_descriptors(&selection, machine.descriptors_max)?;
     let mut lab = Lab::new(is_loopback)?;
     let common = Common {
         congestion: arguments.congestion.clone(),
@@ -119,6 +111,17 @@ fn here(arguments: &Compare) -> Result<Exit> {
     finish(arguments, &comparison)
 }
 
+/// What was asked for, and that it can be had.
+fn wanted(arguments: &Compare) -> Result<Selection> {
+    let selection = arguments.selection().map_err(Usage::of)?;
+    check(arguments, &selection).map_err(Usage::of)?;
+    Comparison::can_write(&arguments.out)?;
+    if arguments.syscalls {
+        matrix::can_count_syscalls()?;
+    }
+    Ok(selection)
+}
+
 /// What would be found out after all was measured, said before.
 fn check(arguments: &Compare, selection: &Selection) -> Result<()> {
     if let Some(name) = &arguments.baseline {
@@ -137,7 +140,7 @@ fn check(arguments: &Compare, selection: &Selection) -> Result<()> {
         let is_ours = cpu.is_none_or(|cpu| allowed.contains(&cpu));
         ensure!(is_ours, "{option}: only CPUs {allowed:?} are allowed here");
     }
-    Comparison::can_write(&arguments.out)
+    enough_descriptors(selection, place::descriptors_max())
 }
 
 /// The forwarder's CPU, then those that nobody has, then the generator's.
@@ -151,7 +154,12 @@ fn forwarder_cpus(allowed: &[usize], generator: usize, forwarder: usize) -> Vec<
 }
 
 /// What works without privilege: everything that is a plain forwarder, over the host's loopback.
-fn without_root(selection: &mut Selection, warnings: &mut Vec<String>) -> Result<()> {
+fn without_root(
+    arguments: &Compare,
+    selection: &mut Selection,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    ensure!(!arguments.tracking, "--tracking: needs root, for network namespaces of our own");
     let is_plain = |way| matches!(way, Way::Direct | Way::Forward | Way::Peer(_));
     let needs_root = |target: &Target| !is_plain(target.way);
     let refused: Vec<&str> = selection

@@ -27,6 +27,10 @@ mod threshold;
 mod watch;
 mod words;
 
+/// What was asked for cannot be: said before anything is done.
+#[derive(Debug)]
+struct Usage(String);
+
 /// How a command ended, when it did not fail.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Exit {
@@ -49,12 +53,31 @@ fn main() -> ExitCode {
         Ok(Exit::Fine) => ExitCode::SUCCESS,
         Ok(Exit::ThresholdMissed) => ExitCode::from(99),
         Ok(Exit::Interrupted) => ExitCode::from(130),
+        Err(error) if signals::is_interrupted() => {
+            eprintln!("interrupted before there was a result ({error:#})");
+            ExitCode::from(130)
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
 }
+
+impl Usage {
+    /// For an error that only what was asked for can have.
+    fn of(error: anyhow::Error) -> anyhow::Error {
+        Usage(format!("{error:#}")).into()
+    }
+}
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 /// To stdout; who does not want to read it any more need not.
 fn print(text: &str) {

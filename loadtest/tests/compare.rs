@@ -278,6 +278,19 @@ fn an_interrupted_comparison_keeps_what_it_has_and_removes_its_lab() {
 }
 
 #[test]
+fn a_comparison_that_is_interrupted_at_once_says_so() {
+    let place = TempDir::new().unwrap();
+    let child =
+        loadtest(&place).args(TINY).arg("pingpong-4").stderr(Stdio::piped()).spawn().unwrap();
+    let is_under_way = || !left_by(child.id()).is_empty();
+    until("the lab is begun", is_under_way);
+    signal(&child, nix::sys::signal::Signal::SIGINT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+    assert!(said(&output).contains("interrupted"), "{}", said(&output));
+}
+
+#[test]
 fn what_a_killed_comparison_left_the_next_removes() {
     if !is_root() {
         return;
@@ -312,44 +325,52 @@ fn without_root_plain_forwarders_are_compared_over_loopback() {
     let output = run(&arguments);
     assert!(output.status.success(), "{}", said(&output));
     assert!(said(&output).contains("without root there is no lab"), "{}", said(&output));
-    let output = run(&["compare", "--force", "--modes", "inbound-tproxy"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(said(&output).contains("capture needs root"), "{}", said(&output));
+    for (arguments, words) in [
+        (&["--modes", "inbound-tproxy"][..], "capture needs root"),
+        (&["--tracking"], "needs root"),
+    ] {
+        let output = run(&[&["compare", "--force"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1));
+        assert!(said(&output).contains(words), "{}", said(&output));
+    }
 }
 
 #[test]
 fn what_cannot_be_compared_is_said_with_its_cure() {
     let place = TempDir::new().unwrap();
-    for (arguments, words) in [
-        (&["compare", "--peers", "haprxy"][..], "did you mean `haproxy`?"),
-        (&["compare", "--modes", "inbound"], "known: direct"),
-        (&["compare", "--workloads", "bulk"], "as bulk-64"),
-        (&["compare", "--force", "--modes", "forward", "--weir", "/nowhere/weir"], "no such file"),
-        (&["compare", "--force", "--modes", "none", "--peers", "none"], "nothing to compare"),
-        (&["compare", "--baseline", "haprxy"], "did you mean `haproxy`?"),
-        (&["compare", "--out", "nowhere/x.json"], "--out nowhere/x.json: cannot write there"),
-        (&["compare", "--generator-cpu", "9999"], "--generator-cpu: only CPUs"),
-        (&["compare", "--forwarder-cpu", "9999"], "--forwarder-cpu: only CPUs"),
-        (&["compare", "one.json"], "name two results"),
-        (&["compare", "one.json", "two.json"], "read one.json"),
-        (&["report", "Cargo.toml"], "read Cargo.toml"),
+    for (arguments, code, words) in [
+        (&["compare", "--peers", "haprxy"][..], 2, "did you mean `haproxy`?"),
+        (&["compare", "--modes", "inbound"], 2, "known: direct"),
+        (&["compare", "--workloads", "bulk"], 2, "as bulk-64"),
+        (&["compare", "--workloads", "idle-32000"], 2, "descriptors a process"),
+        (&["compare", "--force", "--modes", "none", "--peers", "none"], 2, "nothing to compare"),
+        (&["compare", "--baseline", "haprxy"], 2, "did you mean `haproxy`?"),
+        (&["compare", "--generator-cpu", "9999"], 2, "--generator-cpu: only CPUs"),
+        (&["compare", "--forwarder-cpu", "9999"], 2, "--forwarder-cpu: only CPUs"),
+        (&["compare", "one.json"], 2, "name two results"),
+        (&["compare", "--out", "nowhere/x.json"], 1, "--out nowhere/x.json: cannot write there"),
+        (&["compare", "one.json", "two.json"], 1, "read one.json"),
+        (&["report", "Cargo.toml"], 1, "read Cargo.toml"),
+        (&["report", env!("CARGO_BIN_EXE_weir-loadtest")], 1, "is no result of"),
+        (&["compare", "--force", "--modes", "forward", "--weir", "/no/weir"], 1, "no such file"),
     ] {
         let output = output(&place, arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
         assert!(said(&output).contains(words), "{arguments:?}: {}", said(&output));
     }
     for wrong in [["--seconds", "nan"], ["--budget", "0"], ["--vary", "spin"], ["--workers", "0"]] {
         let output = output(&place, &[&["compare"][..], &wrong].concat());
         assert_eq!(output.status.code(), Some(2), "{wrong:?}: {}", said(&output));
     }
-    // A peer that is not there: PATH has nothing.
-    let output = loadtest(&place)
-        .args(["compare", "--force", "--modes", "none", "--peers", "envoy"])
-        .env("PATH", place.path())
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(!said(&output).is_empty());
+    // PATH has nothing.
+    for (arguments, words) in [
+        (&["compare", "--force", "--modes", "direct", "--peers", "none"][..], "apt-get install"),
+        (&["compare", "--syscalls"], "--syscalls: perf is not installed"),
+    ] {
+        let output = loadtest(&place).args(arguments).env("PATH", place.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(said(&output).contains(words), "{arguments:?}: {}", said(&output));
+    }
 }
 
 #[test]

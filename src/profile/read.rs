@@ -75,6 +75,7 @@ fn read(section: &mut Section, profile: &mut Profile, mistakes: &mut Mistakes) {
 fn ring(mut section: Section, ring: &mut Ring, mistakes: &mut Mistakes) {
     set(&mut ring.entries, section.number("entries", 64..=32768, mistakes));
     set(&mut ring.completions, section.number("completions", 128..=65536, mistakes));
+    set_micros(&mut ring.coalesce, section.number("coalesce_us", 0..=10_000, mistakes));
     set_micros(&mut ring.spin, section.number("spin_us", 0..=10_000, mistakes));
     section.finish(mistakes);
 }

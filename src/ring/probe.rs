@@ -21,6 +21,8 @@ use crate::sys::pipe::{self, Pipe};
 pub struct Features {
     /// A dialled socket can be bound in the ring (6.11).
     pub bind: bool,
+    /// A wait for several events can end early with the first (6.12), or nobody asked for it.
+    pub coalesce: bool,
     /// Completions are worked through only when the worker asks (6.1): about a third faster with
     /// many connections than the cooperative fallback.
     pub deferred_work: bool,
@@ -47,6 +49,7 @@ impl Features {
     /// What is lacking here.
     pub fn fallbacks(&self) -> impl Iterator<Item = Fallback> {
         let all = [
+            (self.coalesce, "coalesce", "wake_at_once", "6.12"),
             (self.deferred_work, "deferred_work", "cooperative_work", "6.1"),
             (self.descriptor_install, "descriptor_install", "worker_thread_shutdown", "6.8"),
             (self.receive_limit, "receive_limit", "receive_cancel", "6.17"),
@@ -71,9 +74,11 @@ pub(super) fn probe(ring: &mut Ring) -> Result<Features, RingError> {
     let receive_limit = limit_works(ring, &theirs)? && !is_withheld("receive_limit");
     let descriptor_install = install_works(ring)? && !is_withheld("descriptor_install");
     ring.close(SLOT, Side::Downstream, false);
+    let coalesce = ring.coalesce.is_zero()
+        || ring.io.params().is_feature_min_timeout() && !is_withheld("coalesce");
     let deferred_work = ring.features.deferred_work;
     let splice = descriptor_install && splice_works();
-    Ok(Features { bind, deferred_work, descriptor_install, receive_limit, splice })
+    Ok(Features { bind, coalesce, deferred_work, descriptor_install, receive_limit, splice })
 }
 
 /// A byte through a pipe: a seccomp filter may forbid either call.

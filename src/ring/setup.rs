@@ -31,7 +31,7 @@ pub struct Setup<'a> {
     pub flows_max: u32,
     /// Headers that may be on their way at once.
     pub headers: u16,
-    /// Sizes of the queues, and how long to spin.
+    /// Sizes of the queues, and how to wait.
     pub ring: &'a profile::Ring,
     /// What may be spliced at a time.
     pub splice: SpliceLimits,
@@ -150,6 +150,7 @@ impl Ring {
             answers: Vec::with_capacity(setup.flows_max as usize * 2),
             broken: None,
             cancels: Cancels::new(setup.flows_max),
+            coalesce: setup.ring.coalesce,
             dialling: false,
             enters: 0,
             sleeps: None,

@@ -16,6 +16,7 @@ mod closing;
 mod refused;
 mod same_turn;
 mod splicing;
+mod waiting;
 
 /// A ring with a batch, and the words to await events.
 struct Bench {
@@ -154,7 +155,8 @@ const BUFFERS: profile::Buffers =
     profile::Buffers { bulk_count: 4, bulk_bytes: 65536, small_count: 16, small_bytes: 4096 };
 const FLOWS_MAX: u32 = 64;
 const PATIENCE: Duration = Duration::from_secs(10);
-const RING: profile::Ring = profile::Ring { completions: 256, entries: 64, spin: Duration::ZERO };
+const RING: profile::Ring =
+    profile::Ring { coalesce: Duration::ZERO, completions: 256, entries: 64, spin: Duration::ZERO };
 
 #[test]
 fn cancel_right_behind_a_dial_ends_it_even_where_no_answer_comes() {
@@ -533,26 +535,4 @@ fn completions_without_room_are_kept_and_counted() {
     }
     bench.assert_silent();
     assert!(bench.ring.overflows() > 0);
-}
-
-#[test]
-fn spinning_ring_brings_every_event() {
-    let ring = profile::Ring { spin: Duration::from_micros(50), ..RING };
-    let mut bench = Bench::with(sockets(), ring);
-    let mut peer = bench.joined(0);
-    let (go, gate) = std::sync::mpsc::channel();
-    let writer = thread::spawn(move || {
-        while gate.recv().is_ok() {
-            peer.write_all(b"x").unwrap();
-        }
-    });
-    bench.receive(0, 1_000_000);
-    for _ in 0..500 {
-        go.send(()).unwrap();
-        let event = bench.next(Kind::ReceiveDownstream);
-        assert_eq!((event.result, event.more), (1, true));
-        bench.ring.recycle(event.buffer.unwrap());
-    }
-    drop(go);
-    writer.join().unwrap();
 }

@@ -185,17 +185,22 @@ impl Ring {
         let timespec = patience.filter(|_| want > 0).map(|patience| {
             types::Timespec::new().sec(patience.as_secs()).nsec(patience.subsec_nanos())
         });
+        let gather_us = if want > 0 { self.gather_us(patience) } else { 0 };
         self.enters += 1;
-        let entered = match &timespec {
-            Some(timespec) => {
-                let arguments = types::SubmitArgs::new().timespec(timespec);
-                self.io.submitter().submit_with_args(want as usize, &arguments)
-            }
-            None => {
+        let entered = match (&timespec, gather_us) {
+            (None, 0) => {
                 // SAFETY: no argument is passed, so no pointer is read.
                 unsafe {
                     self.io.submitter().enter::<libc::sigset_t>(pending, want, GETEVENTS, None)
                 }
+            }
+            (timespec, _) => {
+                let want = if gather_us > 0 { GATHERED_MAX } else { want as usize };
+                let mut arguments = types::SubmitArgs::new().min_wait_usec(gather_us);
+                if let Some(timespec) = timespec {
+                    arguments = arguments.timespec(timespec);
+                }
+                self.io.submitter().submit_with_args(want, &arguments)
             }
         };
         match entered {
@@ -206,6 +211,15 @@ impl Ring {
             }
             Err(error) => self.forgive(error),
         }
+    }
+
+    /// How long events may gather before we wake for them: after that the first one ends the wait.
+    /// Not where the wait may be over before.
+    fn gather_us(&self, patience: Option<Duration>) -> u32 {
+        if !self.features.coalesce || patience.is_some_and(|patience| patience <= self.coalesce) {
+            return 0;
+        }
+        u32::try_from(self.coalesce.as_micros()).unwrap_or(u32::MAX)
     }
 
     fn submitted(&mut self) {
@@ -341,6 +355,8 @@ pub(super) const COMPLETIONS_PER_TURN_MAX: usize = 256;
 pub(super) const CANCEL: u64 = 1 << 62;
 /// Marks the token of what a descriptor was asked for: a FIN, or a look at the socket.
 pub(super) const DESCRIPTOR: u64 = 1 << 63;
+/// So many events are worth waking for, however short they have gathered.
+const GATHERED_MAX: usize = 16;
 const MARKS: u64 = CANCEL | DESCRIPTOR;
 /// `IORING_ENTER_GETEVENTS`: also runs what the kernel has deferred to this thread.
 const GETEVENTS: u32 = 1;

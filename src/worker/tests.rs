@@ -131,7 +131,12 @@ fn small_profile() -> Profile {
             window_bytes: 65536,
             ..base.relay
         },
-        ring: profile::Ring { completions: 1024, entries: 256, spin: Duration::ZERO },
+        ring: profile::Ring {
+            coalesce: Duration::ZERO,
+            completions: 1024,
+            entries: 256,
+            spin: Duration::ZERO,
+        },
         timeouts: Timeouts {
             drain: Duration::from_secs(5),
             half_closed: Duration::from_secs(5),

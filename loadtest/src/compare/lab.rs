@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::tracking;
+use super::{programs, tracking};
 use crate::place;
 use crate::signals::is_interrupted;
 
@@ -53,6 +53,11 @@ pub(super) struct Site {
 impl Lab {
     /// An empty one, after those of the dead are removed.
     pub(super) fn new(is_loopback: bool) -> Result<Lab> {
+        let wanted = if is_loopback { &PROGRAMS[..1] } else { &PROGRAMS[..] };
+        for (program, package) in wanted {
+            let is_there = programs::find(program).is_some();
+            ensure!(is_there, "{program} is not installed: apt-get install {package}");
+        }
         let name = format!("{PREFIX}{}", std::process::id());
         let cgroups = cgroup_mount().filter(|_| !is_loopback);
         if !is_loopback {
@@ -253,7 +258,7 @@ pub(super) fn free_port() -> Result<u16> {
 fn run(words: &[&str]) -> Result<()> {
     ensure!(!is_interrupted(), "interrupted");
     let output = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).output();
-    let output = output.with_context(|| format!("run {} (run scripts/setup)", words[0]))?;
+    let output = output.with_context(|| format!("run {}", words[0]))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {}", words.join(" "), said.trim());
     Ok(())
@@ -336,6 +341,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const NETNS: &str = "/run/netns";
 const PATIENCE: Duration = Duration::from_secs(10);
 const PREFIX: &str = "weir-compare-";
+/// What a lab cannot do without, the first one even without namespaces, and the packages that have it.
+const PROGRAMS: [(&str, &str); 3] =
+    [("taskset", "util-linux"), ("nsenter", "util-linux"), ("ip", "iproute2")];
 /// So that new connections at full rate do not run out of ports, and that clients' addresses can
 /// be kept.
 const SYSCTLS: [(&str, &str); 5] = [

@@ -260,6 +260,21 @@ fn words(plan: &Plan, target: &Started, workload: &Workload) -> Vec<String> {
     words
 }
 
+/// Tries it, before all is measured without.
+pub(super) fn can_count_syscalls() -> Result<()> {
+    let is_there = programs::find("perf").is_some();
+    ensure!(is_there, "--syscalls: perf is not installed: apt-get install linux-perf");
+    let attempt = ["stat", "-x,", "-e", SYSCALL_EVENT, "--", "true"];
+    let output = Command::new("perf").args(attempt).stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "--syscalls: perf cannot count {SYSCALL_EVENT} here (needs root): {}",
+        said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim()
+    );
+    Ok(())
+}
+
 /// Counts the forwarder's system calls for the middle of the measurement, in parts of a second.
 fn syscall_counter(plan: &Plan, target: &Started) -> Option<(std::process::Child, f64)> {
     let family = watch::family(target.pid.filter(|_| plan.with_syscalls)?);
@@ -268,7 +283,7 @@ fn syscall_counter(plan: &Plan, target: &Started) -> Option<(std::process::Child
     let mut command = Command::new("sh");
     let wait = WARMUP_SECONDS + plan.seconds / 4.0 + 0.1;
     let script = format!(
-        "sleep {wait:.2}; exec perf stat -x, -e raw_syscalls:sys_enter -p {pids} -- sleep {seconds:.2}"
+        "sleep {wait:.2}; exec perf stat -x, -e {SYSCALL_EVENT} -p {pids} -- sleep {seconds:.2}"
     );
     command.args(["-c", &script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     Some((command.spawn().ok()?, seconds))
@@ -278,7 +293,7 @@ fn syscall_counter(plan: &Plan, target: &Started) -> Option<(std::process::Child
 fn counted((child, seconds): (std::process::Child, f64)) -> Option<f64> {
     let output = child.wait_with_output().ok()?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let line = text.lines().find(|line| line.contains("raw_syscalls"))?;
+    let line = text.lines().find(|line| line.contains(SYSCALL_EVENT))?;
     Some(line.split(',').next()?.parse::<f64>().ok()? / seconds)
 }
 
@@ -296,5 +311,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// All measurements in the end, as a multiple of those that are wanted.
 const REPEATS_MAX: u32 = 2;
 const SETTLE_MAX: Duration = Duration::from_secs(3);
+const SYSCALL_EVENT: &str = "raw_syscalls:sys_enter";
 pub(super) const SYSCALLS: &str = "syscalls_per_second";
 pub(super) const WARMUP_SECONDS: f64 = 0.15;

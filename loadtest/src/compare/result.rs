@@ -85,8 +85,8 @@ pub(crate) struct Figure {
 impl Comparison {
     pub(crate) fn read(path: &Path) -> Result<Comparison> {
         let name = path.display();
-        let text = fs::read_to_string(path).with_context(|| format!("read {name}"))?;
-        let comparison: Comparison = serde_json::from_str(&text)
+        let text = fs::read(path).with_context(|| format!("read {name}"))?;
+        let comparison: Comparison = serde_json::from_slice(&text)
             .with_context(|| format!("{name} is no result of `weir-loadtest compare`"))?;
         let format = &comparison.format;
         ensure!(format == FORMAT, "{name} has the format {format:?}, and {FORMAT:?} is known");

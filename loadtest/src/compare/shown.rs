@@ -86,7 +86,9 @@ pub(crate) fn shown(value: f64, figure: &Figure, unit: &str) -> String {
     if is_cpu_of_bulk(figure, unit) {
         return format!("{:.3}", value / 1e6);
     }
-    grouped(value * figure.factor, figure.decimals)
+    // Thousands of what a request has parts of.
+    let is_many = unit == "GB" && figure.name.ends_with("per_unit");
+    grouped(value * figure.factor, if is_many { 0 } else { figure.decimals })
 }
 
 /// With a thin mark between thousands.

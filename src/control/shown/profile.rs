@@ -22,6 +22,7 @@ pub fn profile(profile: &Profile) -> Value {
             "entries": ring.entries,
             "completions": ring.completions,
             "spin_us": micros(ring.spin),
+            "coalesce_us": micros(ring.coalesce),
         },
         "buffers": {
             "small_count": buffers.small_count,
