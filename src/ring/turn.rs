@@ -67,7 +67,8 @@ impl Ring {
         }
         self.small.publish();
         self.bulk.publish();
-        if self.has_work() || !self.io.completion().is_empty() {
+        let is_in_haste = patience.is_some_and(|patience| patience.is_zero());
+        if is_in_haste || self.has_work() || !self.io.completion().is_empty() {
             // Left over from the last turn: there is work, so do not wait for more.
             self.enter(0, None)?;
         } else if self.spin.is_on() {

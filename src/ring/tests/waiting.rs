@@ -65,3 +65,21 @@ fn coalescing_ring_ends_a_short_wait_in_time() {
     peer.write_all(b"x").unwrap();
     assert_eq!(bench.next(Kind::ReceiveDownstream).result, 1);
 }
+
+/// A turn that may not wait does not spin either.
+#[test]
+fn spinning_ring_without_patience_returns_at_once() {
+    let ring = profile::Ring { spin: Duration::from_secs(60), ..RING };
+    let mut bench = Bench::with(sockets(), ring);
+    let mut peer = bench.joined(0);
+    bench.receive(0, 1_000_000);
+    let began = Instant::now();
+    bench.ring.turn(Some(Duration::ZERO), &mut bench.batch).unwrap();
+    assert_eq!(bench.ring.next(&mut bench.batch), None);
+    assert!(began.elapsed() < PATIENCE);
+    // It has run what the kernel had deferred all the same.
+    peer.write_all(b"x").unwrap();
+    while bench.ring.next(&mut bench.batch).is_none() {
+        bench.ring.turn(Some(Duration::ZERO), &mut bench.batch).unwrap();
+    }
+}
