@@ -146,7 +146,7 @@ fn verdict(
         let value = |round: &&Round| Some((round.number, *round.figures.get(name)?));
         values.entry(profile).or_default().extend(counted(cell).iter().filter_map(value));
     }
-    let base = values.get(DEFAULT)?;
+    let base = values.get(DEFAULT).filter(|base| !base.is_empty())?;
     let gain = |of: &Values, to: &Values| gains(of, to, more_is_better);
     let gains: BTreeMap<String, f64> = values
         .iter()
@@ -178,7 +178,8 @@ fn counted(cell: &Cell) -> Vec<&Round> {
 /// What a workload is about, and whether more of it is better.
 fn figures(cell: &Cell) -> &'static [(&'static str, bool)] {
     match cell.unit.as_str() {
-        "GB" => &[("bytes_per_second", true)],
+        // Where others are the bottleneck, all that a forwarder can do better is to cost less.
+        "GB" => &[("bytes_per_second", true), ("forwarder_cpu_us_per_unit", false)],
         "flow" => &[("user_bytes_per_flow", false)],
         // An open loop fixes the rate: what is left is how long an answer takes, and at what price.
         // The median, because the tail of a second is the machine's.
@@ -293,6 +294,19 @@ mod tests {
         let judged = judge(&result).unwrap();
         let best: Vec<&str> = judged.verdicts.iter().map(|it| it.best[0].as_str()).collect();
         assert_eq!(best, ["latency", "balanced"]);
+    }
+
+    #[test]
+    fn bulk_that_is_as_fast_is_judged_by_its_price() {
+        let same = [("balanced", [50.0, 51.0, 50.0]), ("throughput", [50.0, 50.0, 51.0])];
+        let mut result = result(&[measured("bulk-8", "bytes_per_second", &same)]);
+        for (cell, costs) in result.cells.iter_mut().zip([[127.0, 126.0, 128.0], [105.0; 3]]) {
+            for (round, cost) in cell.rounds.iter_mut().zip(costs) {
+                round.figures.insert("forwarder_cpu_us_per_unit".to_owned(), cost);
+            }
+        }
+        let judged = judge(&result).unwrap();
+        assert_eq!((judged.profile.as_str(), judged.verdicts.len()), ("throughput", 2));
     }
 
     #[test]
