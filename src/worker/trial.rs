@@ -89,7 +89,8 @@ impl Trial {
                     tried.bytes += sum.bytes;
                     tried.time += sum.time;
                 }
-                if number + 1 < WINDOWS {
+                let is_even = number > 1 && number % 2 == 1;
+                if number + 1 < WINDOWS && !(is_even && self.is_splice_far_ahead()) {
                     return Phase::Trying { number: number + 1 };
                 }
                 self.conclude();
@@ -104,6 +105,12 @@ impl Trial {
             Phase::Resting { until } => Phase::Resting { until },
             Phase::Trying { .. } => Phase::Resting { until: now },
         }
+    }
+
+    /// As many windows of each have been tried, and more without splice would only cost.
+    fn is_splice_far_ahead(&self) -> bool {
+        let [splice, copy] = self.tried.map(Sum::bytes_per_second);
+        splice > copy.saturating_add(copy / 100 * FAR_PERCENT)
     }
 
     fn conclude(&mut self) {
@@ -131,6 +138,8 @@ const WINDOWS: u8 = 8;
 const WINDOW_BYTES_MIN: u64 = 8 << 20;
 /// Rates of single trials differ by a few per cent.
 const CLEARLY_PERCENT: u64 = 6;
+/// More than a single window of each may be apart by chance.
+const FAR_PERCENT: u64 = 20;
 /// A trial takes a quarter of a second: an eighth of this.
 const HOLD_FIRST: Duration = Duration::from_secs(2);
 const HOLD_MAX: Duration = Duration::from_secs(64);
@@ -163,6 +172,12 @@ mod tests {
     fn splice_wins_where_both_are_as_fast() {
         assert!(spliced_percent(1_000_000, 1_000_000, 60) > 95);
         assert!(spliced_percent(1_000_000, 1_040_000, 60) > 95);
+    }
+
+    #[test]
+    fn trial_ends_early_where_splice_is_far_ahead() {
+        assert!(spliced_percent(4_000_000, 2_000_000, 1) > 93);
+        assert!(spliced_percent(2_300_000, 2_000_000, 1) < 90);
     }
 
     #[test]
