@@ -33,7 +33,10 @@ mod facade;
 mod file;
 mod fixed;
 mod kept;
-#[cfg(any(feature = "etcd", feature = "zookeeper"))]
+#[cfg_attr(
+    not(any(feature = "etcd", feature = "zookeeper")),
+    expect(dead_code, reason = "whoever writes leaves is not built")
+)]
 mod layout;
 #[cfg(any(feature = "etcd", feature = "sofa", feature = "zookeeper"))]
 mod link;
