@@ -35,11 +35,15 @@ fn lab() -> Net {
 
 /// The provider's weir in the server and the consumer's in the node differ in nothing that matters here.
 fn weir_in(net: &Net, place: Place, line: &str) -> Weir {
+    weir_below(net, place, "/sofa-rpc", line)
+}
+
+fn weir_below(net: &Net, place: Place, root: &str, line: &str) -> Weir {
     let advertise = if matches!(place, Place::Server) { "advertise: 10.98.2.2" } else { "" };
     let config = format!(
         "workers: 2\ntakeover:\n  inbound: \"0.0.0.0:20881\"\n  outbound: \"{OUTBOUND}\"\n  \
          propagation_ms: 300\n  facade: {{ listen: \"{FACADE}\" }}\n  registries: [{{ name: main, kind: \
-         zookeeper, servers: [\"{ENSEMBLE}\"], session_timeout_ms: 2000 }}]\n  {advertise}\n  {line}"
+         zookeeper, servers: [\"{ENSEMBLE}\"], session_timeout_ms: 2000, root: {root} }}]\n  {advertise}\n  {line}"
     );
     Weir::run_as(net.command(place, weir()), &config)
 }
@@ -55,10 +59,19 @@ struct App<'a> {
 impl<'a> App<'a> {
     /// With a session that is not ended when this is dropped.
     fn start(net: &'a Net, place: Place) -> App<'a> {
-        App::resume(net, place, None).unwrap()
+        App::connect(net, place, FACADE, None).unwrap()
     }
 
-    fn resume(net: &'a Net, place: Place, session: Option<SessionInfo>) -> Result<App<'a>, Error> {
+    fn resume(net: &'a Net, place: Place, session: SessionInfo) -> Result<App<'a>, Error> {
+        App::connect(net, place, FACADE, Some(session))
+    }
+
+    fn connect(
+        net: &'a Net,
+        place: Place,
+        address: &str,
+        session: Option<SessionInfo>,
+    ) -> Result<App<'a>, Error> {
         let (runtime, client) = net.within(place, || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -67,7 +80,7 @@ impl<'a> App<'a> {
             if let Some(session) = session {
                 connector = connector.with_session(session);
             }
-            let client = runtime.block_on(connector.connect(FACADE));
+            let client = runtime.block_on(connector.connect(address));
             (runtime, client)
         });
         Ok(App { client: client?, net, place, runtime })
@@ -88,6 +101,21 @@ impl<'a> App<'a> {
         let mut list = self.does(async |client| client.list_children(DIRECTORY).await.unwrap());
         list.sort();
         list
+    }
+
+    /// The library comes back by itself when the server does; what it asks meanwhile is lost.
+    fn list_again(&self) -> Vec<String> {
+        let list = self.does(async |client| {
+            loop {
+                match client.list_children(DIRECTORY).await {
+                    Err(Error::ConnectionLoss) => {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                    list => return list,
+                }
+            }
+        });
+        list.unwrap()
     }
 
     /// The connection breaks; the session may live on.
@@ -208,27 +236,26 @@ fn session_outlives_its_connection_and_its_server() {
     let app = App::start(&net, Place::Server);
     app.enter(OWN).unwrap();
     let session = app.leave();
-    let app = App::resume(&net, Place::Server, Some(session)).unwrap();
+    let app = App::resume(&net, Place::Server, session).unwrap();
     assert_eq!(app.list(), [OWN]);
+    let node = weir_in(&net, Place::Node, "");
+    let consumer = App::start(&net, Place::Node);
+    let gone = consumer.does(async |client| client.get_and_watch_data(&at(TOLD)).await.unwrap().2);
     zookeeper.kill();
     until("the connection ends with the server", || weir.metric("weir_facade_sessions", &[]) == 0);
     zookeeper.start();
-    // The library comes back by itself; what it asks meanwhile is lost.
-    let list = app.does(async |client| {
-        loop {
-            match client.list_children(DIRECTORY).await {
-                Err(Error::ConnectionLoss) => tokio::time::sleep(Duration::from_millis(50)).await,
-                list => return list,
-            }
-        }
-    });
-    assert_eq!(list.unwrap(), [OWN]);
+    assert_eq!(app.list_again(), [OWN]);
+    assert_eq!(consumer.list_again(), [TOLD]);
     app.does(async |client| client.delete(&at(OWN), None).await.unwrap());
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+    // The watch has come back with the connection.
+    let event = consumer.does(async |_| gone.changed().await);
+    assert_eq!((event.event_type, event.path.as_str()), (EventType::NodeDeleted, &*at(TOLD)));
     app.enter(OWN).unwrap();
     assert_eq!(zookeeper.ephemerals(), [at(HELD)]);
     assert_eq!(weir.metric("weir_facade_expired_total", &[]), 0);
-    drop(app);
+    drop((app, consumer));
+    node.end(&net);
     weir.end(&net);
 }
 
@@ -248,7 +275,7 @@ fn restarted_weir_goes_on_with_sessions_or_ends_them() {
     let state = TempDir::new().unwrap();
     let line = format!("state: \"{}\"", state.path().display());
     let weir = weir_in(&net, Place::Server, &line);
-    let resumed = App::resume(&net, Place::Server, Some(session)).map(drop);
+    let resumed = App::resume(&net, Place::Server, session).map(drop);
     assert_eq!(resumed.unwrap_err(), Error::SessionExpired);
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new(), "nothing stands in its way");
     assert_eq!(weir.metric("weir_facade_expired_total", &[]), 1);
@@ -267,7 +294,7 @@ fn restarted_weir_goes_on_with_sessions_or_ends_them() {
         weir.endpoints().iter().any(|(address, ..)| address == APP)
     });
     arrives(&net, &listener);
-    let app = App::resume(&net, Place::Server, Some(session)).unwrap();
+    let app = App::resume(&net, Place::Server, session).unwrap();
     assert_eq!(app.list(), [OWN]);
 
     // A weir that drains takes away what was entered, serves who still arrives, and its successor lets
@@ -284,10 +311,43 @@ fn restarted_weir_goes_on_with_sessions_or_ends_them() {
     assert_eq!(weir.wait().code(), Some(0));
     drop(app);
     let weir = weir_in(&net, Place::Server, &line);
-    let resumed = App::resume(&net, Place::Server, Some(session)).map(drop);
+    let resumed = App::resume(&net, Place::Server, session).map(drop);
     assert_eq!(resumed.unwrap_err(), Error::SessionExpired);
     assert!(!zookeeper.history().contains("20880"), "ever");
     weir.end(&net);
+}
+
+/// Another root by the application's chroot, and access rules that bind to who it says it is: both are the
+/// registry's own business.
+#[test]
+fn chroot_and_access_rules_pass() {
+    let net = lab();
+    let zookeeper = Zookeeper::started(&net, Place::Server, ENSEMBLE);
+    zookeeper.visit(async |client| client.mkdir("/mesh", &parents()).await.unwrap());
+    let root = "/mesh/sofa-rpc";
+    let server = weir_below(&net, Place::Server, root, "");
+    let node = weir_below(&net, Place::Node, root, "");
+    let listener = net.listen(Place::Server, APP);
+    let address = format!("{FACADE}/mesh");
+    let provider = App::connect(&net, Place::Server, &address, None).unwrap();
+    provider.does(async |client| {
+        client.auth("digest", b"me:secret").await.unwrap();
+        client.mkdir(DIRECTORY, &parents()).await.unwrap();
+        let own = CreateMode::Ephemeral.with_acls(Acls::creator_all());
+        client.create(&at(OWN), b"", &own).await.unwrap();
+    });
+    assert_eq!(zookeeper.ephemerals(), [format!("/mesh{}", at(HELD))]);
+    let consumer = App::connect(&net, Place::Node, &address, None).unwrap();
+    assert_eq!((consumer.list(), provider.list()), (vec![TOLD.into()], vec![OWN.into()]));
+    exchange(net.connect(Place::Node, OUTBOUND), &listener);
+    consumer.does(async |client| {
+        assert_eq!(client.get_data(&at(TOLD)).await.unwrap_err(), Error::NoAuth);
+        client.auth("digest", b"me:secret").await.unwrap();
+        client.get_data(&at(TOLD)).await.unwrap();
+    });
+    drop((consumer, provider, listener));
+    node.end(&net);
+    server.end(&net);
 }
 
 /// What cannot be taken over is not entered at all, and everything else goes on: a second application port, a

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The real SOFA client of npm, without a sidecar: it finds its providers in the registry, as it always did.
+// The real SOFA client of npm, as consumer: it finds its providers in the registry, as it always did.
 'use strict';
 
 const { RpcClient } = require('sofa-rpc-node').client;
@@ -17,7 +17,7 @@ async function main() {
     const sum = await consumer.invoke('plus', [ number, 1 ], { responseTimeout: 5000 });
     if (sum !== number + 1) throw new Error(`${number} + 1 is not ${sum}`);
   }
-  console.log('sofa-rpc-node: an unmeshed consumer found the sidecar in the registry, 50 calls through it');
+  console.log('sofa-rpc-node: found its provider in the registry, 50 calls');
 }
 
 main().then(() => process.exit(0), error => {
