@@ -115,8 +115,6 @@ pub struct Share {
 pub struct Listener {
     /// Listens already, with `SO_REUSEPORT` when there is more than one worker. Shared only in passing.
     pub fd: Arc<OwnedFd>,
-    /// In `weir flows`.
-    pub name: Arc<str>,
     /// Where it listens and its upstreams are dialled.
     pub place: Arc<Place>,
     /// The header that upstreams get first. Only where the original destination is known.

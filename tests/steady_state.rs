@@ -47,7 +47,6 @@ fn start(
         index: 0,
         listeners: vec![Listener {
             fd: fd.into(),
-            name: "test".into(),
             place: Arc::default(),
             proxy_protocol: ProxyProtocol::Off,
             route,

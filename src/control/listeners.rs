@@ -25,7 +25,7 @@ use crate::worker::{self, Listener, Route, Source};
 pub(super) fn open(
     config: &Config,
     prepared: &[(Place, Option<Prepared>)],
-    routes: &[Plain<'_>],
+    routes: &[Plain],
     workers: usize,
 ) -> Result<Vec<Vec<Listener>>, RunError> {
     let mut all: Vec<Vec<Listener>> = (0..workers).map(|_| Vec::new()).collect();
@@ -42,7 +42,7 @@ pub(super) fn open(
 pub(super) fn open_in(
     place: &Place,
     records: &[(u16, Arc<Records>)],
-    routes: &[Plain<'_>],
+    routes: &[Plain],
     profile: &Profile,
     all: &mut [Vec<Listener>],
 ) -> Result<(), RunError> {
@@ -96,7 +96,7 @@ struct Opening<'a> {
     /// Of the connect hooks there, by port.
     records: &'a [(u16, Arc<Records>)],
     /// Of listeners that need no capture.
-    routes: &'a [Plain<'a>],
+    routes: &'a [Plain],
 }
 
 impl Opening<'_> {
@@ -105,7 +105,7 @@ impl Opening<'_> {
         for worker in all {
             for plain in self.routes {
                 let fd = listen_patiently(plain.listen, &self.options)?;
-                worker.push(self.listener(fd, plain.name, "", plain.route()));
+                worker.push(self.listener(fd, "", plain.route()));
             }
             for captured in &self.place.captured {
                 if let Some(inbound) = &captured.inbound {
@@ -138,7 +138,7 @@ impl Opening<'_> {
         };
         let fd = listen_patiently(inbound.listen, &options)?;
         let route = inbound_route(inbound);
-        let listener = self.listener(fd, "inbound", &captured.name, route);
+        let listener = self.listener(fd, &captured.name, route);
         Ok(Listener { proxy_protocol: inbound.proxy_protocol, ..listener })
     }
 
@@ -169,7 +169,7 @@ impl Opening<'_> {
                 }
             };
             let fd = listen_patiently(addr, &options)?;
-            worker.push(self.listener(fd, "outbound", &captured.name, route));
+            worker.push(self.listener(fd, &captured.name, route));
         }
         Ok(())
     }
@@ -180,17 +180,10 @@ impl Opening<'_> {
         ListenOptions { mark: Some(OWN_MARK), transparent, ..self.options }
     }
 
-    fn listener(&self, fd: OwnedFd, name: &str, workload: &str, route: Route) -> Listener {
+    fn listener(&self, fd: OwnedFd, workload: &str, route: Route) -> Listener {
         let place: Arc<worker::Place> = Arc::clone(&self.place.for_workers);
         let proxy_protocol = ProxyProtocol::Off;
-        Listener {
-            fd: fd.into(),
-            name: name.into(),
-            place,
-            proxy_protocol,
-            route,
-            workload: workload.into(),
-        }
+        Listener { fd: fd.into(), place, proxy_protocol, route, workload: workload.into() }
     }
 }
 

@@ -187,7 +187,6 @@ impl Reloader {
         let forwards = forwards.filter(|(forward, _)| added.contains(&forward.listen));
         let listener = |((forward, id), fd): ((&Forward, &ServiceId), OwnedFd)| Listener {
             fd: fd.into(),
-            name: forward.name.as_str().into(),
             place: Arc::clone(&self.home),
             proxy_protocol: ProxyProtocol::Off,
             route: service_route(forward, *id),

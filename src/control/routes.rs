@@ -10,15 +10,14 @@ use crate::service::{Balance, ServiceId};
 use crate::worker::Route;
 
 /// A listener that needs no capture.
-pub(super) struct Plain<'a> {
+pub(super) struct Plain {
     pub(super) listen: SocketAddr,
-    pub(super) name: &'a str,
     /// `None`: the first request says it.
     service: Option<(ServiceId, Balance)>,
     origin: Origin,
 }
 
-impl Plain<'_> {
+impl Plain {
     /// Where its connections go.
     pub(super) fn route(&self) -> Route {
         let origin = self.origin;
@@ -27,38 +26,30 @@ impl Plain<'_> {
 }
 
 /// Plain listeners, and those of takeover.
-pub(super) fn all<'a>(
-    config: &'a Config,
+pub(super) fn all(
+    config: &Config,
     services: &[ServiceId],
     entered: Option<&takeover::Entered>,
-) -> Vec<Plain<'a>> {
-    let plain = |(forward, id): (&'a Forward, &ServiceId)| Plain {
+) -> Vec<Plain> {
+    let plain = |(forward, id): (&Forward, &ServiceId)| Plain {
         listen: forward.listen,
-        name: &forward.name,
         service: Some((*id, forward.manner.balance)),
         origin: Origin::Forward,
     };
-    let mut routes: Vec<Plain<'_>> = config.forward.iter().zip(services).map(plain).collect();
+    let mut routes: Vec<Plain> = config.forward.iter().zip(services).map(plain).collect();
     let Some((takeover, entered)) = config.takeover.as_ref().zip(entered) else { return routes };
     for (wanted, id) in takeover.services.iter().zip(&entered.wanted) {
         let service = Some((*id, takeover.manner.balance));
         let origin = Origin::OutboundTakeover;
-        routes.extend(wanted.listen.map(|listen| Plain {
-            listen,
-            name: &wanted.name,
-            service,
-            origin,
-        }));
+        routes.extend(wanted.listen.map(|listen| Plain { listen, service, origin }));
     }
     routes.push(Plain {
         listen: takeover.inbound,
-        name: takeover::APPLICATION,
         service: Some((entered.inbound, Balance::RoundRobin)),
         origin: Origin::InboundTakeover,
     });
     routes.push(Plain {
         listen: takeover.outbound,
-        name: "takeover.outbound",
         service: None,
         origin: Origin::OutboundTakeover,
     });

@@ -297,8 +297,6 @@ async fn write(pages: Vec<Page>) -> Vec<(Page, String)> {
     tokio::task::spawn_blocking(write).await.unwrap_or_default()
 }
 
-/// How calls from outside appear among the services.
-pub(super) const APPLICATION: &str = "takeover.inbound";
 /// What was asked for within this time before a crash may have to be asked for again.
 const KEEP_EVERY: Duration = Duration::from_millis(100);
 /// A disk that refuses is asked again so often.

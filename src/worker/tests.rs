@@ -85,7 +85,6 @@ fn prepare(
     let route = Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward };
     let listener = Listener {
         fd: fd.into(),
-        name: "test".into(),
         place: Arc::default(),
         proxy_protocol: ProxyProtocol::Off,
         route,

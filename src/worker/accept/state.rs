@@ -66,7 +66,7 @@ pub(super) enum Accept {
 
 impl State {
     pub(in crate::worker) fn new(listener: Listener, backlog: u32) -> State {
-        let Listener { fd, place, proxy_protocol, route, workload, .. } = listener;
+        let Listener { fd, place, proxy_protocol, route, workload } = listener;
         let origin = match &route {
             Route::Recorded(_) => Origin::OutboundConnect,
             Route::Named => Origin::OutboundTakeover,
@@ -96,22 +96,14 @@ impl State {
 
     /// For another worker's socket of the same address.
     pub(in crate::worker) fn lent(&self, fd: Arc<OwnedFd>, backlog: u32) -> State {
-        State {
-            accept: Accept::Idle,
-            addr: self.addr,
-            fate: Fate::Serves,
-            fd: Some(fd),
-            flows: 0,
-            is_lent: true,
-            loops: LoopWatch::new(),
-            origin: self.origin,
+        let listener = Listener {
+            fd,
             place: Arc::clone(&self.place),
-            port: self.port,
             proxy_protocol: self.proxy_protocol,
-            rest: backlog,
             route: self.route.clone(),
             workload: Arc::clone(&self.workload),
-        }
+        };
+        State { is_lent: true, ..State::new(listener, backlog) }
     }
 
     pub(in crate::worker) const fn is_lent(&self) -> bool {

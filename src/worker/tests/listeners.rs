@@ -65,7 +65,6 @@ fn connection_of_a_listener_that_goes_is_reset_and_not_served_elsewhere() {
     let id = services.set("test", manner, endpoints, Instant::now());
     let listener = Listener {
         fd: Arc::new(door.into()),
-        name: "test".into(),
         place: Arc::default(),
         proxy_protocol: ProxyProtocol::Off,
         route: Route::Service { balance: Balance::RoundRobin, id, origin: Origin::Forward },
