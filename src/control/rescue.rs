@@ -44,7 +44,9 @@ impl Rescue {
             let is_stuck = !turns && worker.is_accepting() && worker.has_waiting();
             watched.stuck_since = is_stuck.then(|| watched.stuck_since.unwrap_or(now));
             if turns && let Some(helper) = watched.helper {
-                self.take_back(index, helper, workers);
+                if self.release(helper, workers) {
+                    tracing::info!(worker = index, "it runs again");
+                }
             } else if self.needs_help(index, now) {
                 self.help(index, workers);
             }
@@ -57,35 +59,36 @@ impl Rescue {
         since.is_some_and(|since| now - since >= STUCK_AFTER)
     }
 
-    /// By the next one that is well itself; if it helped before, it was stuck, too.
+    /// By the next one that seems well. One that has helped before and left somebody waiting is not.
     fn help(&mut self, index: usize, workers: &[Handle]) {
-        let count = workers.len();
+        let (count, before) = (workers.len(), self.watched.get(index).and_then(|one| one.helper));
         let well = |at: &usize| {
             let is_well = |one: &Watched| one.helper.is_none() && one.stuck_since.is_none();
-            self.watched.get(*at).is_some_and(is_well)
+            Some(*at) != before && self.watched.get(*at).is_some_and(is_well)
         };
         let mut others = (1..count).map(|step| (index + step) % count).filter(well);
         let helper = others.find_map(|at| Some((at, workers.get(at)?)));
         let (Some((at, helper)), Some(worker)) = (helper, workers.get(index)) else { return };
-        let Some(watched) = self.watched.get_mut(index) else { return };
-        if watched.helper != Some(at) && helper.help(worker) {
-            watched.helper = Some(at);
-            worker.counters().stalls.add(1);
-            tracing::warn!(
-                worker = index,
-                "it does not run, and connections wait for it: worker {at} takes them; its own flows \
-                 stand still (what keeps the thread weir-w{index} from its CPU?)"
-            );
+        if before.is_some_and(|before| !self.release(before, workers)) || !helper.help(worker) {
+            return;
         }
+        if let Some(watched) = self.watched.get_mut(index) {
+            (watched.helper, watched.stuck_since) = (Some(at), None);
+        }
+        worker.counters().stalls.add(1);
+        tracing::warn!(
+            worker = index,
+            "it does not run, and connections wait for it: worker {at} takes them; its own flows stand \
+             still (what keeps the thread weir-w{index} from its CPU?)"
+        );
     }
 
-    /// Whoever else that one helped is found again at the next look.
-    fn take_back(&mut self, index: usize, helper: usize, workers: &[Handle]) {
-        if workers.get(helper).is_some_and(Handle::stop_helping) {
-            let helped = self.watched.iter_mut().filter(|one| one.helper == Some(helper));
-            helped.for_each(|one| one.helper = None);
-            tracing::info!(worker = index, "it runs again");
-        }
+    /// It accepts for itself only; whoever else it helped is found again. False if it must be asked again.
+    fn release(&mut self, helper: usize, workers: &[Handle]) -> bool {
+        let is_told = workers.get(helper).is_some_and(Handle::stop_helping);
+        let helped = self.watched.iter_mut().filter(|one| is_told && one.helper == Some(helper));
+        helped.for_each(|one| one.helper = None);
+        is_told
     }
 }
 
