@@ -350,10 +350,10 @@ fn command() -> clap::Command {
 /// What all verbs have in common; the last part of the first manual page.
 const MORE: &str = "\
 Exit codes: 0 well; 1 failed while running; 2 usage, or mistakes in a file; 3 warnings (`check --strict`); \
-4 it cannot work here, and nothing was changed; 130 interrupted.
+4 it cannot work here, and nothing was changed; 130 interrupted (`run`, `forward`: by a second SIGINT).
 
-Signals of `run` and `forward`: SIGTERM and SIGINT let flows end, and exit with 0 (twice: at once); SIGHUP \
-reads the config again.
+Signals of `run` and `forward`: SIGTERM and SIGINT let flows end, and a second one resets what is left; \
+SIGHUP reads the config again.
 
 Environment: WEIR_LOG says what is logged (`warn`, `weir=debug`; `info` if not said); NO_COLOR switches \
 colours off. Logs go to the journal if stderr does.
