@@ -14,6 +14,7 @@
 #![deny(clippy::panic, clippy::expect_used, clippy::indexing_slicing, reason = "hot path")]
 
 use std::collections::VecDeque;
+use std::mem;
 use std::time::Instant;
 
 use callbacks::Callbacks;
@@ -175,11 +176,13 @@ impl Exchange {
     /// exchange lends its memory.
     pub fn open<H: Host>(
         (head, protocol, key): (FlowId, Protocol, u64),
-        spent: Option<Exchange>,
+        spent: Option<&mut Exchange>,
         means: &mut Means<'_, H>,
     ) -> Exchange {
-        let (asked, callbacks, legs) =
-            spent.map(|spent| (spent.asked, spent.callbacks, spent.legs)).unwrap_or_default();
+        let take = |Exchange { asked, callbacks, legs, .. }: &mut Exchange| {
+            (mem::take(asked), mem::take(callbacks), mem::take(legs))
+        };
+        let (asked, callbacks, legs) = spent.map(take).unwrap_or_default();
         let mut exchange = Exchange {
             active: means.now,
             alarm: means.rules.idle.map(|idle| means.now.wrapping_add(idle)),

@@ -25,8 +25,9 @@ use weir::worker::{self, Handle, Listener, Route, Setup, Share};
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// A worker with a listener to `upstream`; with a limit for each source, connections come the way
-/// that captured ones do.
+/// that captured ones do. Shared, each request must name its service, `test`.
 fn start(
+    is_shared: bool,
     upstream: SocketAddr,
     flows_per_source_max: u32,
     mode: RelayMode,
@@ -40,7 +41,8 @@ fn start(
     let mut services = Directory::default();
     let (balance, endpoints) = (Balance::LeastFlows, vec![Endpoint::new(upstream)]);
     let id = services.set("test", Manner::of(balance), endpoints, Instant::now());
-    let route = Route::Service { balance, id, origin: weir::metrics::Origin::Forward };
+    let origin = weir::metrics::Origin::Forward;
+    let route = if is_shared { Route::Named } else { Route::Service { balance, id, origin } };
     let handle = worker::spawn(Setup {
         cpu: None,
         home: Arc::default(),
@@ -90,7 +92,8 @@ fn live(weir: SocketAddr, upstream: &TcpListener, chunk: &mut [u8]) {
 
 fn allocations(flows_per_source_max: u32, mode: RelayMode, sockmap: Option<Sockmap>) -> usize {
     let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (handle, weir) = start(upstream.local_addr().unwrap(), flows_per_source_max, mode, sockmap);
+    let addr = upstream.local_addr().unwrap();
+    let (handle, weir) = start(false, addr, flows_per_source_max, mode, sockmap);
     let mut chunk = vec![7; 100_000];
     let mut open: Vec<(TcpStream, TcpStream)> = Vec::with_capacity(50);
     for _ in 0..50 {
@@ -121,12 +124,67 @@ fn allocations(flows_per_source_max: u32, mode: RelayMode, sockmap: Option<Sockm
     change.allocations + change.reallocations
 }
 
+/// Requests of the shared port that each go their own way: on connections that stay, and on some that come, ask
+/// and go.
+fn request_allocations(request: &[u8], answer: &[u8]) -> usize {
+    let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = upstream.local_addr().unwrap();
+    let (handle, weir) = start(true, addr, 0, RelayMode::Auto, None);
+    let ask = |client: &mut TcpStream, server: &mut TcpStream| {
+        let mut bytes = [0; 256];
+        server.read_exact(&mut bytes[..request.len()]).unwrap();
+        assert_eq!(&bytes[..request.len()], request);
+        server.write_all(answer).unwrap();
+        client.read_exact(&mut bytes[..answer.len()]).unwrap();
+        assert_eq!(&bytes[..answer.len()], answer);
+    };
+    let begin = || {
+        let mut client = TcpStream::connect(weir).unwrap();
+        client.write_all(request).unwrap();
+        let (mut server, _) = upstream.accept().unwrap();
+        ask(&mut client, &mut server);
+        (client, server)
+    };
+    let mut open = Vec::with_capacity(50);
+    open.extend(std::iter::repeat_with(begin).take(50));
+    for _ in 0..20 {
+        drop(begin());
+    }
+    let region = Region::new(ALLOCATOR);
+    for _ in 0..200 {
+        drop(begin());
+        for (client, server) in &mut open {
+            client.write_all(request).unwrap();
+            ask(client, server);
+        }
+    }
+    let change = region.change();
+    drop(open);
+    assert!(handle.drain(Duration::ZERO));
+    handle.join().unwrap();
+    change.allocations + change.reallocations
+}
+
+/// A Bolt request of v1 for the service `test`, and its answer.
+const BOLT: [&[u8]; 2] = [
+    b"\x01\x01\0\x01\x01\0\0\0\x07\x0b\0\0\x0b\xb8\0\0\0\x13\0\0\0\x05\
+      \0\0\0\x07service\0\0\0\x04testhello",
+    b"\x01\0\0\x02\x01\0\0\0\x07\x0b\0\0\0\0\0\0\0\0\0\x06answer",
+];
+const HTTP: [&[u8]; 2] = [
+    b"GET / HTTP/1.1\r\nHost: test\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nanswer",
+];
+
 #[test]
 fn worker_in_its_steady_state_allocates_nothing() {
     let (auto, splice) = (RelayMode::Auto, RelayMode::Splice);
     assert_eq!(allocations(0, auto, None), 0, "connections that come as slots");
     assert_eq!(allocations(400, auto, None), 0, "connections that come as descriptors");
     assert_eq!(allocations(0, splice, None), 0, "connections that are spliced");
+    for (protocol, [request, answer]) in [("Bolt", BOLT), ("HTTP/1.1", HTTP)] {
+        assert_eq!(request_allocations(request, answer), 0, "requests of {protocol}");
+    }
     // Needs root; skipped without, but where `CI` is set.
     match Sockmap::load(64, 256 << 10) {
         Ok(loaded) => {

@@ -30,7 +30,8 @@ pub(super) struct Exchanging {
     rules: Rules,
     scratch: Box<[u8]>,
     /// Ended ones, whose memory the next ones use.
-    spent: Vec<Exchange>,
+    #[expect(clippy::vec_box, reason = "a place takes the whole box over")]
+    spent: Vec<Box<Exchange>>,
     wishes: Vec<Wish>,
 }
 
@@ -105,11 +106,18 @@ impl Worker {
         self.ring.adopt(slot, fd);
         // Those who call services by request call for long.
         self.ring.keep_alive(slot, Side::Downstream);
-        let (spent, key) = (self.exchanging.spent.pop(), key_of(downstream.addr().ip()));
+        let (mut home, key) = (self.exchanging.spent.pop(), key_of(downstream.addr().ip()));
+        let who = (slot, protocol, key);
         let exchange =
-            self.with_means(listener, |means| Exchange::open((slot, protocol, key), spent, means));
+            self.with_means(listener, |means| Exchange::open(who, home.as_deref_mut(), means));
         if let Some(place) = self.exchanging.places.get_mut(slot.index()) {
-            place.exchange = Some(Box::new(exchange));
+            place.exchange = Some(match home {
+                Some(mut home) => {
+                    *home = exchange;
+                    home
+                }
+                None => Box::new(exchange),
+            });
         }
         self.carry_wishes(slot);
         self.settle_exchange(slot);
@@ -229,7 +237,7 @@ impl Worker {
         if let Some(reason) = exchange.closed() {
             place.alarm = None;
             let spent = place.exchange.take();
-            self.exchanging.spent.extend(spent.map(|spent| *spent));
+            self.exchanging.spent.extend(spent);
             let Some(peers) = self.slab.entry(head).map(|entry| entry.peers) else { return };
             self.wheel.clear(head.slot());
             self.slab.release(head);
