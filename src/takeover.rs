@@ -16,8 +16,8 @@ pub use book::{Source, Suspect};
 pub use desk::{Change, Desk, FacadeRow, Page, Passed, Refusal, RegistryRow};
 pub use dial::{connect, dial};
 pub use facade::{
-    Broken, Claim, Dialogue, Heard, Hello, Names, claims, expired, farewell, hello, is_farewell,
-    is_to_us, removal, untold, welcome,
+    Broken, Claim, Dialogue, Heard, Hello, Names, Removed, Turn, claims, expired, farewell, hello,
+    is_farewell, is_removed, removal, untold, welcome,
 };
 pub use file::FileRegistry;
 pub use fixed::FixedRegistry;

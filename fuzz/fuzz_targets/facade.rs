@@ -3,11 +3,12 @@
 //! registry holds, byte for byte.
 #![no_main]
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use weir::config::{Config, Layout, Tree};
-use weir::takeover::{Dialogue, Names, claims, untold};
+use weir::takeover::{Dialogue, Names, Turn, claims, untold};
 use weir::wire::zookeeper::{Answer, Piece, answer, names};
 
 fuzz_target!(|bytes: &[u8]| {
@@ -22,9 +23,10 @@ fuzz_target!(|bytes: &[u8]| {
 /// An application and a registry that say anything.
 fn frames(layout: Layout, bytes: &[u8]) {
     let mut dialogue = Dialogue::default();
+    let turn = Turn { claims: 0, granted: &BTreeMap::new(), real: &untold };
     let (request, answer) = bytes.split_at(bytes.len() / 2);
     for frame in [bytes, request] {
-        let _ = (claims(frame), dialogue.request(&untold, frame));
+        let _ = (claims(frame), dialogue.request(&turn, frame));
     }
     for frame in [bytes, answer] {
         let _ = dialogue.answer(of(layout), &|_| None, frame);
@@ -41,7 +43,8 @@ fn list(layout: Layout, leaf: &[u8]) {
         |text: &str| [&u32::try_from(text.len()).unwrap().to_be_bytes(), text.as_bytes()].concat();
     let mut dialogue = Dialogue::default();
     let request = [&[0, 0, 0, 7, 0, 0, 0, 8], &*text(&directory), &[0]].concat();
-    assert_eq!(dialogue.request(&untold, &request), Ok(None));
+    let turn = Turn { claims: 0, granted: &BTreeMap::new(), real: &untold };
+    assert_eq!(dialogue.request(&turn, &request), Ok(None));
     let head = [0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0];
     let frame = [&head[..], &[0, 0, 0, 1], &*text(leaf)].concat();
     let heard = dialogue.answer(of(layout), &|_| None, &frame).unwrap();

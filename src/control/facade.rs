@@ -7,7 +7,7 @@
 
 #![expect(clippy::disallowed_types, reason = "no worker comes here, and nobody waits inside")]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
@@ -26,8 +26,8 @@ use super::takeover::TakingOver;
 use super::{RunError, Running};
 use crate::config::{self, Takeover};
 use crate::takeover::{
-    self, Broken, Claim, Desk, Dialogue, Heard, Hello, Names, claims, dial, expired, farewell,
-    is_farewell, is_to_us, removal,
+    self, Broken, Claim, Desk, Dialogue, Heard, Hello, Names, Turn, claims, dial, expired,
+    farewell, is_farewell, is_removed, removal,
 };
 
 mod frames;
@@ -161,9 +161,8 @@ impl Facade {
         let found = takeover::welcome(&welcome)?;
         let is_known = said.session == 0 || self.taking_over.lock().knows_session(said.session);
         match (found, is_known) {
-            // The server has forgotten it.
+            // The server has forgotten it, or the password is another one: time will tell.
             (Hello { timeout_ms: ..=0, .. } | Hello { session: 0, .. }, _) => {
-                self.taking_over.lock().end_session(said.session);
                 write(&mut to_client, &welcome).await?;
             }
             (_, false) => {
@@ -306,30 +305,45 @@ impl<'a> Line<'a> {
 
     /// A request, as the registry shall hear it; a provider is not entered before it can be called.
     async fn turn(&self, frame: Vec<u8>) -> Result<Vec<u8>, End> {
+        let (mut granted, mut port) = (BTreeMap::new(), None);
         for claim in claims(&frame)? {
-            let claimed = self.facade.taking_over.lock().claim(self.id, &claim);
+            let claimed = self.desk()?.claim(self.id, &claim);
             match claimed {
-                Ok(()) => self.await_application(claim.port).await,
+                Ok(real) => {
+                    port = Some(claim.port);
+                    granted.insert(claim.path, real);
+                }
                 Err(refusal) => self.facade.note_refusal(&claim, &refusal),
             }
         }
+        if let Some(port) = port {
+            self.await_application(port).await;
+        }
+        let desk = self.desk()?;
         if is_farewell(&frame)? {
             self.is_over.store(true, Ordering::Relaxed);
         }
-        let desk = self.facade.taking_over.lock();
-        if !desk.is_session_at(self.id, self.connection) {
-            return Err(End::Replaced);
-        }
         let real = |path: &str| desk.real(self.id, path);
-        let passed = lock(&self.dialogue).request(&real, &frame)?;
+        let turn = Turn { claims: desk.claims_ever(), granted: &granted, real: &real };
+        let passed = lock(&self.dialogue).request(&turn, &frame)?;
         Ok(passed.unwrap_or(frame))
+    }
+
+    /// As long as the session has no other connection.
+    fn desk(&self) -> Result<MutexGuard<'_, Desk>, End> {
+        let desk = self.facade.taking_over.lock();
+        if desk.is_session_at(self.id, self.connection) { Ok(desk) } else { Err(End::Replaced) }
     }
 
     async fn answers(&self, mut from: Frames, mut to: OwnedWriteHalf) -> Result<(), End> {
         while let Some(frame) = from.next().await? {
-            if is_to_us(&frame)? {
+            if let Some(is_removed) = is_removed(&frame)? {
                 let path = lock(&self.withdrawn).pop_front().unwrap_or_default();
-                self.facade.taking_over.lock().forget_entered(self.id, &path);
+                if is_removed {
+                    self.facade.taking_over.lock().forget_entered(self.id, &path);
+                } else {
+                    tracing::warn!(registry = self.facade.registry, "does not remove {path:?}");
+                }
                 continue;
             }
             let heard = {
@@ -396,11 +410,12 @@ impl<'a> Line<'a> {
 
     /// The connection is over; the session may come back with another one.
     fn end(&self) {
-        let mut desk = self.facade.taking_over.lock();
-        if self.is_over.load(Ordering::Relaxed) {
-            desk.end_session(self.id);
+        if let Ok(mut desk) = self.desk() {
+            desk.leave_session(self.id, self.connection);
+            if self.is_over.load(Ordering::Relaxed) {
+                desk.end_session(self.id);
+            }
         }
-        desk.leave_session(self.id, self.connection);
     }
 }
 

@@ -37,6 +37,8 @@ pub(super) struct TakingOver {
     /// How services are balanced.
     manner: Manner,
     services: Arc<Services>,
+    /// One writes at a time, so that the disk has the latest.
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The ids of what takeover's listeners lead to.
@@ -93,7 +95,8 @@ impl TakingOver {
         let desk = Arc::new(Mutex::new(Desk::new(config.clone(), own_ports, mark)));
         let manner = config.manner.clone();
         let leaving = watch::Sender::new(false);
-        let taking_over = TakingOver { desk, leaving, manner, services: Arc::clone(services) };
+        let services = Arc::clone(services);
+        let taking_over = TakingOver { desk, leaving, manner, services, writing: Arc::default() };
         taking_over.carry();
         taking_over
     }
@@ -119,14 +122,12 @@ impl TakingOver {
             let mut desk = self.lock();
             (desk.withdraw(), desk.is_anything_entered(), desk.propagation())
         };
+        // The next weir must not take up sessions of which this one takes something away, whenever
+        // this one dies.
+        self.keep_now().await;
         self.leaving.send_replace(true);
         if !withdrawn.is_empty() || is_entered {
             self.until_forgotten(&withdrawn).await;
-            if is_entered {
-                // The next weir must not take up sessions of which this one has taken something away.
-                let pages = self.lock().pages();
-                write(pages).await;
-            }
             tokio::time::sleep(propagation).await;
         }
         self.lock().leave();
@@ -177,21 +178,27 @@ impl TakingOver {
         let mut trouble = String::new();
         loop {
             tokio::time::sleep(if trouble.is_empty() { KEEP_EVERY } else { KEEP_AGAIN }).await;
-            let pages = self.lock().pages();
-            if pages.is_empty() {
-                continue;
-            }
-            let failures = write(pages).await;
-            let said = failures.first().map(|(_, why)| why.clone()).unwrap_or_default();
+            let Some(said) = self.keep_now().await else { continue };
             match (said.as_str(), said == trouble) {
                 (_, true) => {}
                 ("", false) => tracing::info!("takeover.state is written again"),
                 (why, false) => tracing::warn!("{why}; tried again every second"),
             }
             trouble = said;
-            let mut desk = self.lock();
-            failures.iter().for_each(|(page, _)| desk.keep_again(page));
         }
+    }
+
+    /// Says what went wrong, if anything; `None` if there was nothing to write.
+    async fn keep_now(&self) -> Option<String> {
+        let _writing = self.writing.lock().await;
+        let pages = self.lock().pages();
+        if pages.is_empty() {
+            return None;
+        }
+        let failures = write(pages).await;
+        let mut desk = self.lock();
+        failures.iter().for_each(|(page, _)| desk.keep_again(page));
+        Some(failures.into_iter().next().map(|(_, why)| why).unwrap_or_default())
     }
 
     /// Looks whether the endpoints that a registry names no more are really gone.

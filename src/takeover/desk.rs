@@ -238,6 +238,7 @@ impl Desk {
     pub fn withdraw(&mut self) -> Vec<String> {
         self.is_leaving = true;
         // What the façade carries is withdrawn by it, and not kept.
+        self.spend_sessions();
         self.to_keep = true;
         for service in self.publications.keys() {
             self.registries.iter_mut().for_each(|registry| registry.unpublish(service));

@@ -6,13 +6,14 @@
 //! with the application's own place in it; what is not known is passed as it is, and what is known and
 //! broken is not passed at all.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::str::from_utf8;
 
 use crate::wire::Stop;
 use crate::wire::zookeeper::{self, Answer, EVENT, Head, Op, Piece, Text};
 
+use self::names::Told;
 pub use self::names::{Names, untold};
 pub(super) use self::names::{moved, place};
 pub use crate::wire::zookeeper::Hello;
@@ -49,9 +50,28 @@ struct Pending {
     holds: Answer,
     /// For each request within: the directory whose children were asked for.
     lists: Vec<Option<String>>,
-    /// The node that is gone if it goes well.
-    removes: Option<String>,
+    /// What is gone if it goes well.
+    removes: Removed,
     xid: i32,
+}
+
+/// What a request is turned by.
+pub struct Turn<'a> {
+    /// How many claims were ever granted.
+    pub claims: u64,
+    /// The claims of this request that were: what the application calls each, and what the registry shall.
+    pub granted: &'a BTreeMap<String, String>,
+    /// What the registry calls a node; `None` if it is the same.
+    pub real: &'a dyn Fn(&str) -> Option<String>,
+}
+
+/// Nodes that an application has taken away.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Removed {
+    /// How many claims were granted by then: what was claimed later is not gone.
+    pub claims: u64,
+    /// As the application knows them.
+    pub paths: Vec<String>,
 }
 
 /// A provider that an application enters.
@@ -72,8 +92,8 @@ pub struct Heard {
     pub frame: Option<Vec<u8>>,
     /// Providers that the application is told as they are: weir could not carry calls there.
     pub left: u64,
-    /// The leaf of the application that is gone now, as it knows it.
-    pub removed: Option<String>,
+    /// What is gone now.
+    pub removed: Removed,
     /// The application is about to call these.
     pub services: BTreeSet<String>,
     /// Names that it is told at weir's own address.
@@ -140,13 +160,14 @@ pub fn is_farewell(frame: &[u8]) -> Result<bool, Broken> {
     Ok(zookeeper::head(frame)?.op == Op::Close)
 }
 
-/// It answers a request of weir's own.
+/// It answers a `removal` of weir's own: whether nothing is there any more.
 ///
 /// # Errors
 ///
 /// It is broken.
-pub fn is_to_us(frame: &[u8]) -> Result<bool, Broken> {
-    Ok(zookeeper::reply(frame)?.xid == OWN_XID)
+pub fn is_removed(frame: &[u8]) -> Result<Option<bool>, Broken> {
+    let reply = zookeeper::reply(frame)?;
+    Ok((reply.xid == OWN_XID).then_some(matches!(reply.error, 0 | NO_NODE)))
 }
 
 /// What a server says to whose session has expired, in answer to `hello`.
@@ -171,33 +192,31 @@ impl Dialogue {
         self.pending.len() >= PENDING_MAX || self.bytes >= PENDING_BYTES_MAX
     }
 
-    /// What to pass on in place of a request; `None` if it is right as it is. `real` says what the
-    /// registry calls a node. A provider's leaf of which it knows nothing must not be made.
+    /// What to pass on in place of a request; `None` if it is right as it is. No provider's leaf is made
+    /// but by a claim that was granted.
     ///
     /// # Errors
     ///
     /// It is broken.
-    pub fn request(
-        &mut self,
-        real: &dyn Fn(&str) -> Option<String>,
-        frame: &[u8],
-    ) -> Result<Option<Vec<u8>>, Broken> {
+    pub fn request(&mut self, turn: &Turn<'_>, frame: &[u8]) -> Result<Option<Vec<u8>>, Broken> {
         let Head { op, xid } = zookeeper::head(frame)?;
-        let (mut edits, mut lists, mut removes) = (Edits::default(), Vec::new(), None);
+        let (mut edits, mut lists) = (Edits::default(), Vec::new());
+        let mut removes = Removed { claims: turn.claims, paths: Vec::new() };
         zookeeper::request(frame, &mut |piece| {
             let mut list = None;
             match piece {
                 Piece::Create(path) => match read(&path) {
                     Some(name) if place(name).is_some() => {
-                        edits.text(path.at, &real(name).unwrap_or_else(|| REFUSED.to_owned()));
+                        edits.text(path.at, turn.granted.get(name).map_or(REFUSED, String::as_str));
                     }
                     _ => {}
                 },
                 Piece::List(path) => list = read(&path).map(str::to_owned),
                 Piece::Path(path) => {
                     if let Some(name) = read(&path) {
-                        removes = Some(name.to_owned()).filter(|_| op == Op::Delete);
-                        real(name).into_iter().for_each(|real| edits.text(path.at.clone(), &real));
+                        removes.paths.extend((op == Op::Delete).then(|| name.to_owned()));
+                        let real = (turn.real)(name);
+                        real.into_iter().for_each(|real| edits.text(path.at.clone(), &real));
                     }
                 }
                 Piece::ChildCount(_) | Piece::Children { .. } | Piece::Failed => {}
@@ -207,7 +226,7 @@ impl Dialogue {
             }
         })?;
         let holds = op.answer();
-        if removes.is_some() || holds != Answer::Nothing {
+        if !removes.paths.is_empty() || holds != Answer::Nothing {
             let bytes = frame.len();
             self.bytes += bytes;
             self.pending.push_back(Pending { bytes, holds, lists, removes, xid });
@@ -260,7 +279,8 @@ impl Dialogue {
                 Piece::Create(_) | Piece::Failed | Piece::List(_) => {}
             }
         })?;
-        heard.removed = asked.and_then(|asked| asked.removes).filter(|_| reply.error == 0);
+        let removed = asked.filter(|_| reply.error == 0).map(|asked| asked.removes);
+        heard.removed = removed.unwrap_or_default();
         heard.frame = edits.made(frame);
         Ok(heard)
     }
@@ -276,13 +296,17 @@ impl Heard {
         found: &[u8],
     ) -> Option<Vec<String>> {
         let directory = names::directory(path)?;
+        // What is no text names no provider: the list stays as it is.
+        let found: Vec<&str> =
+            zookeeper::names(found).map(from_utf8).collect::<Result<_, _>>().ok()?;
+        let told: Vec<Option<Told>> =
+            found.iter().map(|name| names.told(directory, name)).collect();
+        let mixed = mixed(&told);
         let mut list = Vec::new();
-        for name in zookeeper::names(found) {
-            // What is no text names no provider: the list stays as it is.
-            let name = from_utf8(name).ok()?;
+        for (name, told) in found.into_iter().zip(told) {
             let own = original(&format!("{path}/{name}"));
             let own = own.as_deref().and_then(|path| path.rsplit_once('/')).map(|(_, own)| own);
-            let told = own.is_none().then(|| names.told(directory, name)).flatten();
+            let told = told.filter(|told| !mixed.contains(&told.service));
             list.push(match (own, told) {
                 (Some(own), _) => own.to_owned(),
                 (None, Some(told)) => {
@@ -298,6 +322,17 @@ impl Heard {
         }
         Some(list)
     }
+}
+
+/// Services whose providers are of several groups: which one a call wants is not read.
+fn mixed(told: &[Option<Told>]) -> BTreeSet<String> {
+    let (mut groups, mut mixed) = (BTreeMap::new(), BTreeSet::new());
+    for told in told.iter().flatten() {
+        if *groups.entry(&told.service).or_insert(&told.group) != &told.group {
+            mixed.insert(told.service.clone());
+        }
+    }
+    mixed
 }
 
 /// As the application knows the node `path`; `None` if that is what the registry calls it.
@@ -364,6 +399,8 @@ fn length(len: usize) -> [u8; 4] {
 const OWN_XID: i32 = -0x7765_6972;
 const DELETE: i32 = 2;
 const CLOSE: i32 = -11;
+/// Nothing is there.
+const NO_NODE: i32 = -101;
 /// In place of the name of a node that must not be made: the server says that it is none (-8), in its
 /// turn, as for any other request.
 const REFUSED: &str = "refused-by-weir";

@@ -99,6 +99,31 @@ impl Layout {
         }
     }
 
+    /// Calls to the provider `url` name the service of `interface` where weir reads them.
+    pub(super) fn is_routable(self, interface: &str, url: &str) -> bool {
+        if self == Layout::Sofa {
+            return true;
+        }
+        let (place, parameters) = url.split_once('?').unwrap_or((url, ""));
+        let path = place.split_once("://").and_then(|(_, place)| place.split_once('/'));
+        // A caller takes the first that it has, and Hessian2 where none is named.
+        let prefers =
+            value(parameters, "prefer.serialization").or(value(parameters, "serialization"));
+        let first = prefers.and_then(|list| list.split(',').next()).unwrap_or_default().trim();
+        path.is_some_and(|(_, path)| path == interface)
+            && matches!(first, "" | "hessian2" | "native-hessian")
+    }
+
+    /// Which of several providers of a service `url` is to its callers; empty if it is any.
+    pub(super) fn group_of(self, url: &str) -> &str {
+        let parameters = url.split_once('?').map_or("", |(_, parameters)| parameters);
+        match self {
+            Layout::Dubbo => value(parameters, "group").unwrap_or_default(),
+            // Every provider says the same.
+            Layout::Sofa => "",
+        }
+    }
+
     /// The service that `leaf` provides in the directory of `interface`, as calls name it.
     pub(super) fn service_of(self, interface: &str, leaf: &str) -> Option<String> {
         let text = decoded(leaf)?;

@@ -306,6 +306,8 @@ fn restarted_weir_goes_on_with_sessions_or_ends_them() {
         client.session().clone()
     });
     assert_eq!(zookeeper.ephemerals(), Vec::<String>::new());
+    let journal = std::fs::read_to_string(state.path().join("journal.json")).unwrap();
+    assert!(!journal.contains("20880"), "a successor would take it for entered: {journal}");
     // Who had not heard of it yet is served.
     arrives(&net, &listener);
     assert_eq!(weir.wait().code(), Some(0));
@@ -364,17 +366,29 @@ fn provider_that_cannot_be_taken_over_is_refused() {
         let refused = other.enter(&OWN.replace("20880", port)).unwrap_err();
         assert_eq!(refused, Error::BadArguments(&"server error"), "{port}");
     }
+    // A name that stands for the application's own port is no way around.
+    let told = TOLD.replace("10.98.2.2%3A20881", "10.98.2.2%3A20880");
+    assert_eq!(other.enter(&told).unwrap_err(), Error::BadArguments(&"server error"));
     other.enter(&OWN.replace("appName%3Dapp", "appName%3Dother")).unwrap();
     let nowhere = App::start(&net, Place::Node);
     assert_eq!(nowhere.enter(OWN).unwrap_err(), Error::BadArguments(&"server error"));
     assert_eq!(nowhere.list().len(), 2);
-    assert_eq!(server.metric("weir_facade_providers_total", &["address=\"refused\""]), 3);
+    assert_eq!(server.metric("weir_facade_providers_total", &["address=\"refused\""]), 4);
     assert!(server.log().contains("calls from outside already lead to port 20880"));
     assert!(node.log().contains("set takeover.advertise"), "{}", node.log());
     assert_eq!(zookeeper.ephemerals().len(), 2);
+    // A first port that has lost its connections still has callers: a second one would get their calls. What
+    // another session has entered under that name, too, is no reason to make it.
+    drop((app.leave(), other.leave()));
+    let later = App::start(&net, Place::Server);
+    for _ in 0..2 {
+        let refused = later.enter(&OWN.replace("20880", "20999")).unwrap_err();
+        assert_eq!(refused, Error::BadArguments(&"server error"));
+    }
+    later.enter(&OWN.replace("appName%3Dapp", "appName%3Dlater")).unwrap();
     let history = zookeeper.history();
     assert!(!history.contains("20880") && !history.contains("20999"), "ever");
-    drop((app, other, nowhere, listener));
+    drop((later, nowhere, listener));
     node.end(&net);
     server.end(&net);
 }

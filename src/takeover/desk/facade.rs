@@ -3,7 +3,8 @@
 //! and is about to call.
 //!
 //! Invariants: what a session enters stands at weir's inbound address or nowhere; a session is known
-//! until its registry has forgotten it, whether it is connected or not.
+//! until its registry has forgotten it, whether it is connected or not; all that is entered is at one
+//! port, where calls from outside lead.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,8 +20,6 @@ pub(super) struct Faced {
     /// Connections that there ever were.
     connections: u64,
     counts: Passed,
-    /// Of the application that has entered itself last, while anything of it is entered.
-    port: Option<u16>,
     sessions: BTreeMap<i64, Session>,
 }
 
@@ -29,6 +28,8 @@ pub(super) struct Faced {
 struct Session {
     /// Which one it has; `None` if it has lost it and may come back.
     connection: Option<u64>,
+    /// Weir ends and takes away what it has entered: its application must begin anew.
+    is_spent: bool,
     /// By path, as the application calls it.
     leaves: BTreeMap<String, Leaf>,
     /// By path, as the registry calls it: as the application does.
@@ -44,6 +45,8 @@ struct Session {
 /// A provider that an application has entered.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Leaf {
+    /// By which of all claims, counted from 1.
+    claim: u64,
     /// Where the application says that it is.
     place: String,
     port: u16,
@@ -93,9 +96,10 @@ impl Desk {
     pub fn open_session(&mut self, id: i64, timeout: Duration) -> u64 {
         self.faced.connections += 1;
         let connection = self.faced.connections;
+        let is_new = !self.faced.sessions.contains_key(&id);
         let session = self.faced.sessions.entry(id).or_insert_with(|| Session::new(timeout));
         session.connection = Some(connection);
-        self.to_keep |= session.timeout != timeout;
+        self.to_keep |= is_new || session.timeout != timeout;
         session.timeout = timeout;
         connection
     }
@@ -119,8 +123,7 @@ impl Desk {
     /// The registry has forgotten it.
     pub fn end_session(&mut self, id: i64) {
         if let Some(session) = self.faced.sessions.remove(&id) {
-            self.to_keep |= !session.is_empty();
-            self.faced.settle_port();
+            self.to_keep = true;
             session.services.iter().for_each(|service| self.release(service));
         }
     }
@@ -131,21 +134,27 @@ impl Desk {
     }
 
     /// The application of a session enters a provider. The registry gets to know it at the inbound
-    /// address.
+    /// address, by the name that this answers.
     ///
     /// # Errors
     ///
     /// It cannot be entered from here.
-    pub fn claim(&mut self, id: i64, claim: &Claim) -> Result<(), Refusal> {
+    pub fn claim(&mut self, id: i64, claim: &Claim) -> Result<String, Refusal> {
         let result = self.admit(id, claim);
         match &result {
-            Ok(()) => self.faced.counts.inbound += 1,
+            Ok(_) => self.faced.counts.inbound += 1,
             Err(_) => self.faced.counts.refused += 1,
         }
         result
     }
 
-    fn admit(&mut self, id: i64, claim: &Claim) -> Result<(), Refusal> {
+    /// How many claims were ever granted.
+    #[must_use]
+    pub fn claims_ever(&self) -> u64 {
+        self.faced.counts.inbound
+    }
+
+    fn admit(&mut self, id: i64, claim: &Claim) -> Result<String, Refusal> {
         let addr = self.inbound_address().ok_or(Refusal::NoAddress)?;
         if self.is_leaving {
             return Err(Refusal::Leaving);
@@ -153,14 +162,9 @@ impl Desk {
         if self.own_ports.contains(&claim.port) {
             return Err(Refusal::OwnPort(claim.port));
         }
-        let mut others = self.publications.values().map(|other| other.port);
-        let other = others.find(|port| *port != claim.port);
-        // Who has lost his connection may be gone for ever.
-        let connected = || self.faced.sessions.values().filter(|one| one.connection.is_some());
-        let mut leaves = connected().flat_map(|session| session.leaves.values());
-        let other =
-            other.or_else(|| leaves.find(|leaf| leaf.port != claim.port).map(|one| one.port));
-        if let Some(port) = other {
+        // Who has lost his connection counts until the registry has forgotten him: it sends callers here.
+        let known = self.application().map(|app| app.port());
+        if let Some(port) = known.filter(|known| *known != claim.port) {
             return Err(Refusal::AnotherPort { port });
         }
         if self.faced.sessions.values().map(|one| one.leaves.len()).sum::<usize>() >= SERVICES_MAX {
@@ -168,15 +172,15 @@ impl Desk {
         }
         let Claim { path, place, port } = claim.clone();
         let real = moved(&path, addr).ok_or_else(|| Refusal::Name(path.clone()))?;
-        if self.application().is_none_or(|known| known.port() != port) {
+        if known.is_none() {
             self.lead_to(port);
         }
+        let claim = self.claims_ever() + 1;
         let Some(session) = self.faced.sessions.get_mut(&id) else { return Err(Refusal::TooMany) };
         session.originals.insert(real.clone(), path.clone());
-        session.leaves.insert(path, Leaf { place, port, real });
-        self.faced.port = Some(port);
+        session.leaves.insert(path, Leaf { claim, place, port, real: real.clone() });
         self.to_keep = true;
-        Ok(())
+        Ok(real)
     }
 
     /// Where the registry sends callers of this host's providers.
@@ -221,15 +225,19 @@ impl Desk {
         self.faced.counts.outbound += heard.told;
         self.faced.counts.direct += heard.left;
         let Some(session) = self.faced.sessions.get_mut(&id) else { return };
-        if let Some(leaf) = heard.removed.as_ref().and_then(|path| session.leaves.remove(path)) {
-            session.originals.remove(&leaf.real);
-            self.to_keep = true;
+        for path in &heard.removed.paths {
+            let is_gone = |leaf: &mut Leaf| leaf.claim <= heard.removed.claims;
+            if session.leaves.get_mut(path).is_some_and(is_gone)
+                && let Some(leaf) = session.leaves.remove(path)
+            {
+                session.originals.remove(&leaf.real);
+                self.to_keep = true;
+            }
         }
         let mut new = heard.services.clone();
         new.retain(|service| {
             session.services.len() < SERVICES_MAX && session.services.insert(service.clone())
         });
-        self.faced.settle_port();
         for service in new {
             self.to_keep = true;
             if self.check(&service, self.book.len(), self.book.has(&service)).is_ok() {
@@ -289,21 +297,33 @@ impl Desk {
         over.into_iter().for_each(|id| self.end_session(id));
     }
 
-    /// What has to outlive this weir. A weir that ends has taken away what was entered: applications
-    /// must hear that, so their sessions are not known any more.
-    pub(super) fn kept_sessions(&self) -> Vec<kept::Session> {
-        let sessions = self.faced.sessions.iter();
-        let kept = sessions.filter(|(_, session)| !session.is_empty() && !self.is_leaving);
-        kept.map(|(id, session)| session.kept(*id)).collect()
+    /// This weir ends, and takes away what was entered: applications must hear that, so their sessions
+    /// are not kept.
+    pub(super) fn spend_sessions(&mut self) {
+        let sessions = self.faced.sessions.values_mut();
+        sessions.for_each(|session| session.is_spent = !session.leaves.is_empty());
     }
 
-    /// From an earlier life.
+    /// What has to outlive this weir.
+    pub(super) fn kept_sessions(&self) -> Vec<kept::Session> {
+        let sessions = self.faced.sessions.iter().filter(|(_, session)| !session.is_spent);
+        sessions.map(|(id, session)| session.kept(*id)).collect()
+    }
+
+    /// From an earlier life. What would stand at another address now, or at a port where calls do not
+    /// lead, is not taken up: such a session is ended when it comes back.
     pub(super) fn replay_sessions(&mut self, sessions: Vec<kept::Session>) {
         for kept in sessions {
+            if !kept.leaves.iter().all(|leaf| self.is_as_before(leaf)) {
+                tracing::warn!(
+                    "what an application has entered before is not where it would be now"
+                );
+                continue;
+            }
             let mut session = Session::new(Duration::from_millis(kept.timeout_ms));
             for kept::Leaf { path, place, port, real } in kept.leaves {
                 session.originals.insert(real.clone(), path.clone());
-                session.leaves.insert(path, Leaf { place, port, real });
+                session.leaves.insert(path, Leaf { claim: 0, place, port, real });
             }
             session.services = kept.services.into_iter().take(SERVICES_MAX).collect();
             for service in &session.services {
@@ -313,15 +333,21 @@ impl Desk {
             }
             self.faced.sessions.insert(kept.id, session);
         }
-        self.faced.settle_port();
-        if let Some(port) = self.faced.port.filter(|_| self.publications.is_empty()) {
+        if let Some(port) = self.faced_port().filter(|_| self.publications.is_empty()) {
             self.lead_to(port);
         }
     }
 
+    fn is_as_before(&self, leaf: &kept::Leaf) -> bool {
+        let real = self.inbound_address().and_then(|addr| moved(&leaf.path, addr));
+        let is_led_to = self.application().is_none_or(|app| app.port() == leaf.port);
+        real.as_ref() == Some(&leaf.real) && is_led_to && !self.own_ports.contains(&leaf.port)
+    }
+
     /// Where the application listens that has entered itself by the façade.
     pub(super) fn faced_port(&self) -> Option<u16> {
-        self.faced.port
+        let mut leaves = self.faced.sessions.values().flat_map(|session| session.leaves.values());
+        leaves.next().map(|leaf| leaf.port)
     }
 }
 
@@ -331,21 +357,13 @@ impl Faced {
         let sessions = sessions.filter(|session| session.connection.is_some()).count();
         FacadeRow { counts: self.counts, sessions }
     }
-
-    /// Nothing leads anywhere once nothing is entered.
-    fn settle_port(&mut self) {
-        let mut leaves = self.sessions.values().flat_map(|session| session.leaves.values());
-        self.port = match self.port {
-            Some(port) if leaves.clone().any(|leaf| leaf.port == port) => Some(port),
-            _ => leaves.next().map(|leaf| leaf.port),
-        };
-    }
 }
 
 impl Session {
     fn new(timeout: Duration) -> Session {
         Session {
             connection: None,
+            is_spent: false,
             leaves: BTreeMap::new(),
             originals: BTreeMap::new(),
             seen: Instant::now(),
@@ -354,13 +372,9 @@ impl Session {
         }
     }
 
-    fn is_empty(&self) -> bool {
-        self.leaves.is_empty() && self.services.is_empty()
-    }
-
     fn kept(&self, id: i64) -> kept::Session {
         let leaf = |(path, leaf): (&String, &Leaf)| {
-            let Leaf { place, port, real } = leaf.clone();
+            let Leaf { claim: _, place, port, real } = leaf.clone();
             kept::Leaf { path: path.clone(), place, port, real }
         };
         kept::Session {
@@ -379,6 +393,7 @@ const LATE: Duration = Duration::from_secs(4);
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::takeover::facade::Removed;
 
     const DIRECTORY: &str = "/sofa-rpc/com.a.Demo/providers";
     const TIMEOUT: Duration = Duration::from_secs(4);
@@ -402,6 +417,12 @@ mod tests {
         Claim { path: path(port), place: format!("10.0.0.7:{port}"), port }
     }
 
+    /// The answer to a delete that was asked for after so many claims.
+    fn removed(claims: u64) -> Heard {
+        let removed = Removed { claims, paths: vec![path(20_880)] };
+        Heard { removed, ..Heard::default() }
+    }
+
     fn applications(desk: &mut Desk) -> Vec<u16> {
         let changes = desk.changes().into_iter();
         let port = |change| match change {
@@ -415,7 +436,7 @@ mod tests {
     fn entered_provider_stands_at_inbound_and_calls_lead_to_the_application() {
         let mut desk = desk("");
         let connection = desk.open_session(1, TIMEOUT);
-        assert_eq!(desk.claim(1, &claim(20_880)), Ok(()));
+        assert_eq!(desk.claim(1, &claim(20_880)), Ok(path(20_881)));
         assert_eq!(applications(&mut desk), [20_880]);
         assert_eq!(desk.real(1, &path(20_880)), Some(path(20_881)));
         assert_eq!(desk.original(1, &path(20_881)), Some(path(20_880)));
@@ -426,15 +447,16 @@ mod tests {
         assert_eq!(desk.original(2, &path(20_881)), None);
         assert_eq!(desk.real(2, &path(20_880)), Some(path(20_881)));
         assert_eq!(desk.real(2, &path(20_999)), None);
-        let removed = Heard { removed: Some(path(20_880)), ..Heard::default() };
-        desk.note_heard(1, &removed);
+        desk.note_heard(1, &removed(0));
+        assert!(desk.original(1, &path(20_881)).is_some(), "it was claimed again meanwhile");
+        desk.note_heard(1, &removed(1));
         assert_eq!((desk.original(1, &path(20_881)), desk.application()), (None, None));
         desk.leave_session(1, connection);
         assert_eq!(desk.faced.row().sessions, 1);
     }
 
     #[test]
-    fn second_port_is_refused_while_the_first_is_connected() {
+    fn second_port_is_refused_as_long_as_the_registry_may_hold_the_first() {
         let mut desk = desk("");
         let connection = desk.open_session(1, TIMEOUT);
         desk.open_session(2, TIMEOUT);
@@ -447,9 +469,12 @@ mod tests {
         assert_eq!(desk.publish("b:1", Some(20_880), ""), Ok(()), "by either way");
         desk.unpublish("b:1");
         desk.leave_session(1, connection);
-        assert_eq!(desk.claim(2, &claim(20_999)), Ok(()), "the first may be gone for ever");
+        let refused = Refusal::AnotherPort { port: 20_880 };
+        assert_eq!(desk.claim(2, &claim(20_999)), Err(refused), "callers are still sent here");
+        desk.sweep_sessions(Instant::now() + TIMEOUT + LATE + LATE);
+        assert_eq!(desk.claim(2, &claim(20_999)), Ok(path(20_881)));
         assert_eq!(applications(&mut desk), [20_880, 20_999]);
-        let counts = Passed { inbound: 2, refused: 2, ..Passed::default() };
+        let counts = Passed { inbound: 2, refused: 3, ..Passed::default() };
         assert_eq!(desk.faced.row(), FacadeRow { counts, sessions: 1 });
         desk.withdraw();
         assert_eq!(desk.claim(2, &claim(20_999)), Err(Refusal::Leaving));
@@ -494,8 +519,35 @@ mod tests {
         assert_eq!(applications(&mut second), [20_880], "calls find it before it is back");
         assert_eq!(second.original(7, &path(20_881)), Some(path(20_880)));
         assert!(!second.known().is_empty() && second.faced_port() == Some(20_880));
+        second.open_session(8, TIMEOUT);
         second.withdraw();
+        second.forget_entered(7, &path(20_881));
         write(&mut second);
-        assert!(!desk(&state).knows_session(7), "its leaf is gone, so it must begin anew");
+        let third = desk(&state);
+        assert!(!third.knows_session(7), "its leaf is gone, so it must begin anew");
+        assert!(third.knows_session(8), "it has lost nothing");
+    }
+
+    /// Of two ports, as of two addresses, one was there before: who is elsewhere has to begin anew.
+    #[test]
+    fn session_that_would_be_elsewhere_is_not_taken_up() {
+        let leaf = |path: String, port, real| {
+            let place = format!("10.0.0.7:{port}");
+            kept::Leaf { path, place, port, real }
+        };
+        let session = |id, port, real| {
+            let leaves = vec![leaf(path(port), port, real)];
+            kept::Session { id, leaves, services: Vec::new(), timeout_ms: 4000 }
+        };
+        let mut desk = desk("");
+        desk.replay_sessions(vec![
+            session(1, 20_880, path(20_882)),
+            session(2, 12_220, path(20_881)),
+            session(3, 20_880, path(20_881)),
+            session(4, 20_999, path(20_881)),
+        ]);
+        let known: Vec<bool> = (1..=4).map(|id| desk.knows_session(id)).collect();
+        assert_eq!(known, [false, false, true, false]);
+        assert_eq!(applications(&mut desk), [20_880]);
     }
 }

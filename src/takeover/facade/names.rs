@@ -35,6 +35,8 @@ pub(super) struct Directory<'a> {
 /// A name as an application sees it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Told {
+    /// Callers want this one of several; calls do not say so where weir reads them.
+    pub(super) group: String,
     pub(super) leaf: String,
     /// Calls to it must find this service.
     pub(super) service: String,
@@ -72,17 +74,22 @@ impl Names {
     /// How `leaf` in `directory` is told to an application; `None` if it stays as it is, because weir
     /// could not carry calls there.
     pub(super) fn told(&self, directory: Directory<'_>, leaf: &str) -> Option<Told> {
-        let service = self.layout.service_of(&self.interface(directory)?, leaf)?;
+        let interface = self.interface(directory)?;
+        let service = self.layout.service_of(&interface, leaf)?;
         let text = decoded(leaf)?;
         let scheme = text.split_once("://")?.0;
         let listen = self.listens.get(&service).copied();
-        let shared = Some(self.outbound).filter(|_| scheme == self.layout.scheme());
+        let can_share =
+            scheme == self.layout.scheme() && self.layout.is_routable(&interface, &text);
+        let shared = Some(self.outbound).filter(|_| can_share);
         let Authority { at, .. } = authority(leaf)?;
         let real = leaf.get(at.clone())?;
         let mark = if text.contains('?') { "%26" } else { "%3F" };
         let (before, after) = (leaf.get(..at.start)?, leaf.get(at.end..)?);
         let addr = encoded(&listen.or(shared)?.to_string());
-        Some(Told { leaf: format!("{before}{addr}{after}{mark}{STANDS_FOR}%3D{real}"), service })
+        let group = self.layout.group_of(&text).to_owned();
+        let leaf = format!("{before}{addr}{after}{mark}{STANDS_FOR}%3D{real}");
+        Some(Told { group, leaf, service })
     }
 
     /// Of a directory that the registry's settings lead to.
@@ -213,7 +220,11 @@ mod tests {
         for (leaf, expected, service) in [
             (leaf, "dubbo://127.0.0.1:20882/com.a.Demo?version=0.0.0&weir.at=10.0.0.5:20880", ""),
             (own, "tri://127.0.0.1:9/com.a.Demo?version=2.0&weir.at=[fd98::1]:20880", ":2.0"),
-            ("dubbo:%2f%2f10.0.0.5:1", "dubbo://127.0.0.1:20882?weir.at=10.0.0.5:1", ""),
+            (
+                "dubbo:%2f%2f10.0.0.5:1%2fcom.a.Demo",
+                "dubbo://127.0.0.1:20882/com.a.Demo?weir.at=10.0.0.5:1",
+                "",
+            ),
         ] {
             let path = format!("{root}/{leaf}");
             let expected = (expected.to_owned(), format!("com.a.Demo{service}"));
@@ -246,6 +257,29 @@ mod tests {
         let off = names("dubbo", "");
         let leaf = "dubbo%3A%2F%2F10.0.0.5%3A1%2Fa%3Fenabled%3Dfalse";
         assert_eq!(told(&off, &format!("/dubbo/a/providers/{leaf}")), None);
+    }
+
+    /// Calls name the path of the URL, in a serialization that must be readable.
+    #[test]
+    fn dubbo_calls_that_name_no_service_go_where_they_went() {
+        let shared = names("dubbo", "");
+        let own = names("dubbo", "services: [{ name: com.a.Demo, listen: \"127.0.0.1:9\" }]");
+        for (rest, can_share) in [
+            ("/com.a.Demo", true),
+            ("/com.a.Demo?serialization=hessian2", true),
+            ("/com.a.Demo?prefer.serialization=hessian2,fastjson2&serialization=fastjson2", true),
+            ("/com.a.Demo?prefer.serialization=fastjson2,hessian2", false),
+            ("/com.a.Demo?prefer.serialization=fastjson2,hessian2&serialization=hessian2", false),
+            ("/com.a.Demo?serialization=kryo", false),
+            ("/rest/com.a.Demo", false),
+            ("/other", false),
+            ("", false),
+        ] {
+            let leaf = encoded(&format!("dubbo://10.0.0.5:1{rest}"));
+            let path = format!("/dubbo/com.a.Demo/providers/{leaf}");
+            assert_eq!(told(&shared, &path).is_some(), can_share, "{rest}");
+            assert!(told(&own, &path).is_some(), "an address of its own may speak anything");
+        }
     }
 
     #[test]

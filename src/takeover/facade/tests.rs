@@ -59,7 +59,9 @@ fn stat(children: i32) -> Vec<u8> {
 }
 
 fn asked(dialogue: &mut Dialogue, frame: &[u8]) -> Vec<u8> {
-    dialogue.request(&real, frame).unwrap().unwrap_or_else(|| frame.to_vec())
+    let granted = BTreeMap::from([(at(OWN), at(OWN_REAL))]);
+    let turn = Turn { claims: 3, granted: &granted, real: &real };
+    dialogue.request(&turn, frame).unwrap().unwrap_or_else(|| frame.to_vec())
 }
 
 fn heard(dialogue: &mut Dialogue, frame: &[u8]) -> (Vec<u8>, Heard) {
@@ -84,14 +86,17 @@ fn application_is_entered_at_inbound_and_sees_itself_as_it_is() {
     let (bytes, found) = heard(&mut dialogue, &came);
     assert_eq!(bytes, passed);
     let services = BTreeSet::from(["com.a.Demo:1.0".to_owned()]);
-    assert_eq!(found, Heard { services, told: 1, ..Heard::default() });
+    let removed = Removed { claims: 3, paths: Vec::new() };
+    assert_eq!(found, Heard { removed, services, told: 1, ..Heard::default() });
 
     let delete = |path: &str| frame(&[&ints(&[2, 2]), &written(path), &ints(&[-1])]);
     assert_eq!(asked(&mut dialogue, &delete(&at(OWN))), delete(&at(OWN_REAL)));
     let (bytes, found) = heard(&mut dialogue, &ints(&[2, 0, 9, 0]));
-    assert_eq!((bytes, found.removed), (ints(&[2, 0, 9, 0]), Some(at(OWN))));
+    let removed = Removed { claims: 3, paths: vec![at(OWN)] };
+    assert_eq!((bytes, found.removed), (ints(&[2, 0, 9, 0]), removed));
     assert_eq!(asked(&mut dialogue, &delete(&at(OWN))), delete(&at(OWN_REAL)));
-    assert_eq!(heard(&mut dialogue, &ints(&[2, 0, 9, -101])).1.removed, None, "nothing was there");
+    let nothing = heard(&mut dialogue, &ints(&[2, 0, 9, -101])).1.removed;
+    assert_eq!(nothing, Removed::default(), "nothing was there");
 }
 
 /// The server says that it is no name, in its turn: nothing of ours comes between answers.
@@ -99,7 +104,13 @@ fn application_is_entered_at_inbound_and_sees_itself_as_it_is() {
 fn provider_that_may_not_be_entered_is_refused_by_the_server() {
     let mut dialogue = Dialogue::default();
     let other = "bolt%3A%2F%2F10.0.0.7%3A20999%3Fversion%3D1.0";
-    assert_eq!(asked(&mut dialogue, &create(5, &at(other))), create(5, REFUSED));
+    for path in [at(other), at(OTHER), at(OTHER_TOLD)] {
+        assert_eq!(asked(&mut dialogue, &create(5, &path)), create(5, REFUSED), "{path}");
+    }
+    // What the registry calls a leaf of an earlier session is no reason to make it.
+    let turn = Turn { claims: 0, granted: &BTreeMap::new(), real: &real };
+    let passed = dialogue.request(&turn, &create(5, &at(OWN))).unwrap();
+    assert_eq!(passed, Some(create(5, REFUSED)));
     for path in ["/sofa-rpc/com.a.Demo/consumers/bolt%3A%2F%2F10.0.0.7%3A1", DIRECTORY, "/lock"] {
         assert_eq!(asked(&mut dialogue, &create(5, path)), create(5, path), "no provider");
         assert_eq!(claims(&create(5, path)), Ok(vec![]));
@@ -183,8 +194,32 @@ fn unknown_is_passed_and_broken_is_not() {
     let unknown = frame(&[&ints(&[1, 4711]), &written(&at(OWN))]);
     assert_eq!(asked(&mut dialogue, &unknown), unknown);
     let broken = ints(&[1, 1, 99]);
-    assert!(dialogue.request(&real, &broken).is_err() && claims(&broken).is_err());
+    let turn = Turn { claims: 0, granted: &BTreeMap::new(), real: &real };
+    assert!(dialogue.request(&turn, &broken).is_err() && claims(&broken).is_err());
     assert!(dialogue.answer(&names(), &original, &[0; 3]).is_err());
+}
+
+/// One request for a group reaches whoever provides the service, so several groups are not mixed up.
+#[test]
+fn several_groups_of_a_service_are_told_as_they_are() {
+    let text = "takeover:\n  registries: [{ kind: zookeeper, servers: [\"a:1\"], layout: dubbo }]";
+    let takeover = Config::parse("weir.yaml", None, text).unwrap().takeover.unwrap();
+    let RegistryKind::Zookeeper(tree) = &takeover.registries[0].kind else { panic!() };
+    let names = Names::new(&takeover, tree);
+    let leaf = |host: u8, rest: &str| {
+        format!("dubbo%3A%2F%2F10.0.0.{host}%3A1%2Fcom.a.Demo%3F{}", rest.replace('=', "%3D"))
+    };
+    let (one, other) = (leaf(1, "group=a"), leaf(2, "group=b"));
+    let (alone, plain) = (leaf(3, "version=2"), leaf(4, "group=a"));
+    let list = |leaves: &[&str]| {
+        let mut heard = Heard::default();
+        let bytes = names_of(leaves).split_off(4);
+        let list = heard.list(&names, &|_| None, "/dubbo/com.a.Demo/providers", &bytes).unwrap();
+        let same = leaves.iter().zip(&list).map(|(leaf, told)| leaf == told);
+        (same.collect::<Vec<_>>(), heard.told, heard.left)
+    };
+    assert_eq!(list(&[&one, &other, &alone]), (vec![true, true, false], 1, 2));
+    assert_eq!(list(&[&one, &plain, &alone]), (vec![false; 3], 3, 0));
 }
 
 #[test]
@@ -194,6 +229,10 @@ fn expired_session_is_told_as_servers_tell_it() {
     assert_eq!((expired(&[0; 45]).len(), expired(&[0; 44]).len()), (37, 36));
     assert_eq!(is_farewell(&farewell()), Ok(true));
     assert_eq!(is_farewell(&ints(&[1, 11])), Ok(false));
-    assert_eq!(is_to_us(&[farewell(), vec![0; 8]].concat()), Ok(true));
+    let reply = |xid, error| is_removed(&ints(&[xid, 0, 9, error]));
+    for (error, is_gone) in [(0, true), (-101, true), (-102, false), (-112, false)] {
+        assert_eq!(reply(OWN_XID, error), Ok(Some(is_gone)), "{error}");
+    }
+    assert_eq!(reply(1, 0), Ok(None));
     assert_eq!(zookeeper::head(&removal("/a")).unwrap().op, Op::Delete);
 }
