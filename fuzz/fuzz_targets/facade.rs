@@ -71,6 +71,7 @@ fn made(layout: Layout) -> Names {
         root: layout.usual_root().to_owned(),
         servers: Vec::new(),
         session_timeout: std::time::Duration::ZERO,
+        tls: None,
     };
     Names::new(&takeover, &tree)
 }

@@ -13,8 +13,8 @@ use std::str::from_utf8;
 use crate::wire::Stop;
 use crate::wire::zookeeper::{self, Answer, EVENT, Head, Op, Piece, Text};
 
-use self::names::Told;
 pub use self::names::{Names, untold};
+use self::names::{Told, is_unreadable};
 pub(super) use self::names::{moved, place};
 pub use crate::wire::zookeeper::Hello;
 
@@ -205,12 +205,12 @@ impl Dialogue {
         zookeeper::request(frame, &mut |piece| {
             let mut list = None;
             match piece {
-                Piece::Create(path) => match read(&path) {
-                    Some(name) if place(name).is_some() => {
+                Piece::Create(path) => {
+                    let name = read(&path).unwrap_or_default();
+                    if name.is_empty() || place(name).is_some() || is_unreadable(name) {
                         edits.text(path.at, turn.granted.get(name).map_or(REFUSED, String::as_str));
                     }
-                    _ => {}
-                },
+                }
                 Piece::List(path) => list = read(&path).map(str::to_owned),
                 Piece::Path(path) => {
                     if let Some(name) = read(&path) {

@@ -148,8 +148,7 @@ impl Op {
 pub fn head(frame: &[u8]) -> Result<Head, Stop> {
     let mut reader = Reader::new(frame);
     let (xid, number) = (int(&mut reader)?, int(&mut reader)?);
-    // What has a number of its own in place of the client's is no ordinary request.
-    Ok(Head { op: if xid == AUTH || xid == PING { Op::Other } else { Op::of(number) }, xid })
+    Ok(Head { op: Op::of(number), xid })
 }
 
 /// The head of an answer.
@@ -253,7 +252,9 @@ fn multi<'a>(reader: &mut Reader<'a>, visit: &mut dyn FnMut(Piece<'a>)) -> Resul
                 visit(Piece::List(text(reader)?));
                 taken(reader, 1)?;
             }
-            op @ (Op::Delete | Op::Node(_)) => {
+            op @ (Op::Delete | Op::Node(_))
+                if matches!(number, DELETE | GET_DATA | SET_DATA | CHECK) =>
+            {
                 visit(Piece::Path(text(reader)?));
                 if number == SET_DATA {
                     text(reader)?;
@@ -412,13 +413,14 @@ fn taken<'a>(reader: &mut Reader<'a>, len: usize) -> Result<&'a [u8], Stop> {
 
 /// In place of a client's number: an event of a watch.
 pub const EVENT: i32 = -1;
-const PING: i32 = -2;
-const AUTH: i32 = -4;
 const REQUEST_HEAD: usize = 8;
 /// Before anything else in an answer: number, transaction, error.
 pub const REPLY_HEAD: usize = 16;
 const STAT_BYTES: usize = 68;
 const STAT_CHILDREN: usize = 56;
+const CHECK: i32 = 13;
+const DELETE: i32 = 2;
+const GET_DATA: i32 = 4;
 const SET_DATA: i32 = 5;
 const CREATE_TTL: i32 = 21;
 const OUT_TEXT: &str = "a length leads out of its frame";

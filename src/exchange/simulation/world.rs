@@ -130,7 +130,7 @@ impl Life {
 
     /// Takes what is wished, as the ring would.
     fn carry(&mut self) {
-        for Wish { slot, op } in std::mem::take(&mut self.wishes) {
+        for Wish { slot, op } in mem::take(&mut self.wishes) {
             let request = match op {
                 Op::Connect => Request::Connect,
                 Op::Receive { side, .. } => Request::Receive(side),

@@ -117,6 +117,11 @@ pub(in super::super) fn place(path: &str) -> Option<(String, u16)> {
     Some((place, port))
 }
 
+/// Whether `path` is a leaf among providers of which nobody can say what it names.
+pub(super) fn is_unreadable(path: &str) -> bool {
+    leaf(path).is_some_and(|(_, leaf)| letters(leaf).is_none())
+}
+
 /// The provider's leaf `path`, at another address.
 pub(in super::super) fn moved(path: &str, addr: SocketAddr) -> Option<String> {
     let (_, leaf) = leaf(path)?;

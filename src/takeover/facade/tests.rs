@@ -104,8 +104,12 @@ fn application_is_entered_at_inbound_and_sees_itself_as_it_is() {
 fn provider_that_may_not_be_entered_is_refused_by_the_server() {
     let mut dialogue = Dialogue::default();
     let other = "bolt%3A%2F%2F10.0.0.7%3A20999%3Fversion%3D1.0";
-    for path in [at(other), at(OTHER), at(OTHER_TOLD)] {
-        assert_eq!(asked(&mut dialogue, &create(5, &path)), create(5, REFUSED), "{path}");
+    let broken = at("bolt%3A%2F%2F10.0.0.7%3A20880%zz");
+    for path in [at(other), at(OTHER), at(OTHER_TOLD), broken] {
+        // The number of a ping does not make it one.
+        for xid in [5, -2, -4] {
+            assert_eq!(asked(&mut dialogue, &create(xid, &path)), create(xid, REFUSED), "{path}");
+        }
     }
     // What the registry calls a leaf of an earlier session is no reason to make it.
     let turn = Turn { claims: 0, granted: &BTreeMap::new(), real: &real };
