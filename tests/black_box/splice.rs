@@ -2,7 +2,6 @@
 //! The splice relay, and how auto takes it and leaves it.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::process::{Command, Output};
 use std::sync::atomic::AtomicU64;
 use std::thread::scope;
@@ -26,7 +25,7 @@ fn fallbacks(rig: &Rig, reason: &str) -> u64 {
     rig.weir.metric("weir_fallback_total", &labels)
 }
 
-fn ping(client: &mut TcpStream, server: &mut TcpStream) {
+fn ping(mut client: impl Write, mut server: impl Read) {
     client.write_all(&[7; 64]).unwrap();
     server.read_exact(&mut [0; 64]).unwrap();
 }
@@ -66,7 +65,7 @@ fn direction_back_from_splice_waits_for_its_reader_asleep() {
     // More than can be on its way when its reader stops: so it is not spliced once more meanwhile.
     let rig = Rig::with("relay: { splice_after_bytes: 20000000, splice_fullness_percent: 5 }");
     rig.net.limit_buffers();
-    let (mut client, mut server) = rig.pair();
+    let (client, server) = rig.pair();
     let bulk = |seed| {
         scope(|scope| {
             scope.spawn(|| send(&mut &client, seed, 8 * MB).unwrap());
@@ -74,23 +73,29 @@ fn direction_back_from_splice_waits_for_its_reader_asleep() {
         });
         relays(&rig).0 == "splice"
     };
-    assert!((0..8).any(bulk), "bulk is spliced");
-    until("short reads bring it back", || {
-        ping(&mut client, &mut server);
-        relays(&rig).0 == "copy"
-    });
-    let sent = AtomicU64::new(0);
-    scope(|scope| {
-        let mut counted = Counted(&client, &sent);
-        scope.spawn(move || send(&mut counted, 9, 32 * MB).unwrap());
-        until_stopped(&sent);
-        assert_eq!(relays(&rig).0, "copy");
-        let cpu = rig.weir.cpu();
-        std::thread::sleep(Duration::from_secs(1));
-        let cpu = rig.weir.cpu() - cpu;
-        assert!(cpu < Duration::from_millis(50), "{cpu:?} of CPU for nothing");
-        check(&mut &server, 9, 32 * MB);
-    });
+    // What a trial of copy has brought back, and not short reads, is spliced again as soon as that is over:
+    // then it is not what is looked at here.
+    let stalls_in_copy = |round: u64| {
+        assert!((0..8).any(bulk), "bulk is spliced");
+        until("it comes back", || {
+            ping(&mut &client, &mut &server);
+            relays(&rig).0 == "copy"
+        });
+        let (seed, sent) = (100 + round, AtomicU64::new(0));
+        scope(|scope| {
+            let mut counted = Counted(&client, &sent);
+            scope.spawn(move || send(&mut counted, seed, 32 * MB).unwrap());
+            until_stopped(&sent);
+            let is_copied = relays(&rig).0 == "copy";
+            let cpu = rig.weir.cpu();
+            std::thread::sleep(Duration::from_secs(1));
+            let cpu = rig.weir.cpu() - cpu;
+            check(&mut &server, seed, 32 * MB);
+            assert!(cpu < Duration::from_millis(50), "{cpu:?} of CPU for nothing");
+            is_copied
+        })
+    };
+    assert!((0..8).any(stalls_in_copy), "short reads bring it back");
     drop((client, server));
     rig.end();
 }
@@ -200,7 +205,9 @@ fn pipes_that_stay_small_are_no_error() {
         until("a pipe holds bytes", || weir.descriptors("pipe:") >= 2);
         check(&mut server, 1, 8 << 20);
     });
-    assert_eq!(weir.metric("weir_bytes_total", &["relay=\"splice\""]), 8 << 20);
+    // A count may be a turn behind.
+    let spliced = || weir.metric("weir_bytes_total", &["relay=\"splice\""]);
+    until("all of it was spliced", || spliced() == 8 << 20);
     drop((client, server, listener, pipes));
     weir.end(&net);
 }
